@@ -363,9 +363,9 @@ class Chronyd:
 
     def close(self) -> None:
         """Disconnect and remove the own socket.  What is under way is forgotten."""
-        self._pending.clear()
+        for requests in (self._pending, self._given_up, self._finished):
+            requests.clear()
         self._drop_socket()
-        self._finished.clear()
 
     # -- Requests
 
@@ -490,7 +490,6 @@ class Chronyd:
         self._drop_socket()
 
     def _drop_socket(self) -> None:
-        self._given_up.clear()
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -103,7 +103,7 @@ class Reaction:
             self._policy.corrects = False
             self._log(
                 "warning",
-                "no CAP_SYS_TIME: a disrupted clock will be flagged, not stepped; grant it, or set on-disruption = flag",
+                "no CAP_SYS_TIME: a disrupted clock will be flagged, not stepped (grant it, or choose flag)",
             )
 
     def begin(self, record: Record, now_ns: int) -> None:
