@@ -287,7 +287,7 @@ class Chronyd:
     """The client.  It connects when it has something to send, and stays connected.
 
     Each request is reported once, by :meth:`receive` or :meth:`tick`, and once more should its answer come
-    late.  Keep at most one `tracking` under way: a chronyd that does not read has room for ten requests.
+    late.  Keep at most one `tracking` under way: a chronyd that does not read may have room for no more than ten.
 
     ``error`` says in words why chronyd could not be talked to the last time, and is empty when it could.
     """
@@ -300,7 +300,7 @@ class Chronyd:
         self._attempts = attempts
         self._socket: socket.socket | None = None
         self._own = ""
-        self._inodes: tuple[object, object] = (None, None)
+        self._names: tuple[object, object] = (None, None)  # the files of chronyd's socket and our own
         self._sequence = int.from_bytes(os.urandom(4), "big")
         self._pending: dict[int, Request] = {}
         self._given_up: dict[int, Request] = {}
@@ -347,7 +347,7 @@ class Chronyd:
             if request.attempt >= self._attempts:
                 self._give_up(request, now_ns)
                 continue
-            if self._socket is not None and self._inodes != (_inode(self.path), _inode(self._own)):
+            if self._socket is not None and self._names != (_identity(self.path), _identity(self._own)):
                 self._disconnect(now_ns, "its socket, or ours, was removed")
             request.attempt += 1
             if request.command.repeatable:
@@ -394,7 +394,8 @@ class Chronyd:
         except OSError as error:
             if error.errno in _GONE:
                 return False
-            raise from_os(error, f"cannot write to chronyd's socket {self.path}") from None
+            cure = "see the kernel's log for what forbids it"
+            raise from_os(error, f"cannot write to chronyd's socket {self.path}", cure) from None
         return True
 
     def _accept(self, answer: bytes, now_ns: int) -> None:
@@ -460,7 +461,7 @@ class Chronyd:
         except BaseException:
             connection.close()
             raise
-        self._inodes = (_inode(self.path), _inode(self._own))
+        self._names = (_identity(self.path), _identity(self._own))
         self._socket = connection
         return connection
 
@@ -471,7 +472,8 @@ class Chronyd:
         if error.errno in (errno.EACCES, errno.EPERM):
             cure = "be root with CAP_DAC_OVERRIDE, or chronyd's user"
             return NotPermitted(f"may not write to chronyd's socket {self.path}; {cure}", error.errno)
-        if error.errno == errno.EPROTOTYPE or not _is_socket(self.path):
+        found = _look(self.path)
+        if error.errno == errno.EPROTOTYPE or (found and not stat.S_ISSOCK(found.st_mode)):
             return ConfigError(f"{self.path} is not chronyd's socket; {cure}", error.errno)
         if error.errno == errno.ECONNREFUSED:
             return Unavailable(f"chronyd is gone from {self.path}; start it", error.errno)
@@ -537,7 +539,8 @@ def _remove_stale(directory: str) -> None:
                 probe.connect(path)
             except OSError as error:
                 # A living one refuses too, but with EPERM: it is connected to another.
-                if error.errno == errno.ECONNREFUSED and _is_socket(path):
+                found = _look(path)
+                if error.errno == errno.ECONNREFUSED and found and stat.S_ISSOCK(found.st_mode):
                     _unlink(path)
 
 
@@ -548,16 +551,13 @@ def _unlink(path: str) -> None:
         return  # gone with its directory, or not ours to remove
 
 
-def _inode(path: str) -> tuple[int, int] | None:
+def _look(path: str) -> os.stat_result | None:
     try:
-        found = os.stat(path)
+        return os.stat(path)
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
 
 
-def _is_socket(path: str) -> bool:
-    try:
-        return stat.S_ISSOCK(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return False
+def _identity(path: str) -> tuple[int, int] | None:
+    found = _look(path)
+    return (found.st_dev, found.st_ino) if found else None

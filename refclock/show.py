@@ -39,14 +39,14 @@ def as_text(page: Page) -> str:
     shown = as_json(page)
     lines = [(name, str(value)) for name, value in shown.items() if name not in _TOLD_IN_WORDS]
     words = {
+        "magic": "VCLK",
         "time_type": shown["time_type_name"],
         "clock_status": shown["clock_status_name"],
         "leap_indicator": shown["leap_name"],
-        "flags": " ".join(shown["flag_names"]),
-        "kind": "gives time"
-        if page.kind == "time"
-        else f"tells of disruptions only: {why_no_time(page.snapshot, LOCAL_COUNTER_ID)}",
+        "flags": " ".join(shown["flag_names"]) or "none",
     }
+    if page.kind == "signal":
+        words["kind"] = f"tells of disruptions only: {why_no_time(page.snapshot, LOCAL_COUNTER_ID)}"
     if odd_tai_sign(page.snapshot):
         words["tai_offset_sec"] = "the sign is odd (UTC - TAI is negative); its magnitude is used"
     if shown.get("reference_ns") is not None:
