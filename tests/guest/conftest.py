@@ -1,0 +1,45 @@
+"""Fixtures: a guest that ends with its test, and that leaves its logs behind where the test failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests import debs
+from tests.guest import build
+from tests.guest.guest import Guest
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> build.Image:
+    try:
+        return build.image()
+    except debs.Unobtainable as error:
+        pytest.skip(f"NO GUEST: {error}")
+
+
+@pytest.fixture
+def boot(guest_image: build.Image, request: pytest.FixtureRequest) -> Iterator[Callable[..., Guest]]:
+    """Boots a guest (the arguments are those of Guest). All are ended after the test."""
+    guests = []
+
+    def start(**options: object) -> Guest:
+        guests.append(Guest(**options))
+        return guests[-1]
+
+    yield start
+    failed = getattr(request.node, "failed", False)
+    for guest in guests:
+        if failed:
+            title = f"console of {guest.directory}"
+            request.node.add_report_section("teardown", title, guest.console()[-2000:])
+        guest.keep = guest.keep or failed
+        guest.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    item.failed = getattr(item, "failed", False) or report.failed
+    return report
