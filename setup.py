@@ -18,9 +18,16 @@ def extension(name: str, *headers: str) -> Extension:
     )
 
 
+EXTENSIONS = [
+    extension("page", "refclock/sigbus.h"),
+    extension("hypervisor"),
+    extension("segment"),
+    extension("systemclock"),
+]
+
 setup(
     ext_modules=cythonize(
-        [extension("page", "refclock/sigbus.h"), extension("hypervisor"), extension("segment"), extension("systemclock")],
+        EXTENSIONS,
         include_path=["."],
         compiler_directives={"language_level": 3, "cdivision": True, "wraparound": False},
     )

@@ -239,6 +239,10 @@ class Tracking:
         """Whether chronyd follows a source; its own clock, by the directive `local`, is none."""
         return self.leap < self.NOT_SYNCHRONISED and self.reference_id != self.LOCAL
 
+    def fields(self) -> dict[str, int | float]:
+        """The same by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
 
 class Request:
     """A command on its way, and what came of it.

@@ -78,12 +78,12 @@ class ClockDisrupted(RefclockError):
 
 def from_os(error: OSError, what: str, cure: str = "") -> RefclockError:
     """The member of the family for an :class:`OSError` met while doing ``what``, its errno kept."""
-    from errno import EACCES, ENODEV, ENOENT, ENOTDIR, ENXIO, EPERM
+    from errno import EACCES, ECONNREFUSED, ENODEV, ENOENT, ENOTDIR, ENXIO, EPERM
 
     kind: type[RefclockError] = RefclockError
     if error.errno in (EACCES, EPERM):
         kind = NotPermitted
-    elif error.errno in (ENOENT, ENOTDIR, ENODEV, ENXIO):
+    elif error.errno in (ECONNREFUSED, ENOENT, ENOTDIR, ENODEV, ENXIO):
         kind = Unavailable
     message = f"{what}: {error.strerror or error}"
     return kind(f"{message}; {cure}" if cure else message, error.errno)

@@ -15,6 +15,26 @@ if TYPE_CHECKING:
 BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
 LAST_SEEN = "last-seen.json"
 
+#: What every record has.
+KEYS = {
+    "id",
+    "kind",
+    "marker_before",
+    "marker_after",
+    "generation_before",
+    "generation_after",
+    "detected_at_ns",
+    "offset_ns",
+    "frequency_ppm",
+    "actions",
+    "recovered_after_ns",
+}
+
+#: How many records are kept in memory.
+KEPT = 1000
+#: The least that a disk writes, whole or not at all.
+SECTOR = 512
+
 
 def _make_directory(path: str) -> None:
     directory = os.path.dirname(path)
@@ -25,17 +45,21 @@ def _make_directory(path: str) -> None:
 class Journal:
     """The journal, appended to: JSON Lines, one for each time a record is seen or closed.
 
-    A disk that refuses is said once and does not hold up anything; ``records`` keeps what happened since
-    the start for those who ask.
+    A disk that refuses is said once and does not hold up anything.  The last KEPT records are kept in memory for
+    those who ask: a closed one as its line, which is small; an open one alive.
     """
 
     def __init__(self, path: str, log: Callable[[str, str], None]) -> None:
         self.path = path
         self._log = log
         self._failed = False
-        self.records: dict[int, dict[str, Any]] = {}
+        self._kept: dict[int, str | Record] = {}
+        self._left_open: list[dict[str, Any]] = []
         try:
-            self.records = dict(latest(read(path)))
+            for _, fields in latest(read(path)):
+                self._keep(fields["id"], _line(fields))
+                if fields.get("recovered_after_ns") is None and fields.get("superseded_by") is None:
+                    self._left_open.append(fields)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -44,27 +68,56 @@ class Journal:
     @property
     def next_id(self) -> int:
         """An id that no record has yet."""
-        return max(self.records, default=0) + 1
+        return max(self._kept, default=0) + 1
+
+    def records(self) -> list[dict[str, Any]]:
+        """The last records, oldest first, as they stand now."""
+        return [json.loads(kept) if isinstance(kept, str) else kept.fields() for _, kept in sorted(self._kept.items())]
 
     def write(self, record: Record) -> None:
-        """Appends the record as it stands, in one write, and keeps it on the disk."""
-        fields = record.fields()
-        self.records[record.id] = fields
+        """Appends the record as it stands, in one write.
+
+        The first of a kind that calls for a reaction also closes what an earlier run had to leave open.
+        """
+        line = _line(record.fields())
+        lines = [line]
+        if record.kind != "generation":
+            for fields in self._left_open:
+                lines.append(_line({**fields, "superseded_by": record.id}))
+                self._keep(fields["id"], lines[-1])
+            self._left_open.clear()
+        self._keep(record.id, record if record.is_open else line)
         try:
-            _make_directory(self.path)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            try:
-                os.write(descriptor, json.dumps(fields, separators=(",", ":")).encode() + b"\n")
-            finally:
-                os.close(descriptor)
+            self._append("".join(f"{line}\n" for line in lines).encode())
             self._failed = False
         except OSError as error:
             self._fail(error)
+
+    def _keep(self, id: int, kept: str | Record) -> None:
+        self._kept[id] = kept
+        if len(self._kept) > KEPT:
+            del self._kept[min(self._kept)]
+
+    def _append(self, text: bytes) -> None:
+        _make_directory(self.path)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            # A line that was cut short (a crash, a full disk) must not take this one with it.
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                text = b"\n" + text
+            os.write(descriptor, text)
+        finally:
+            os.close(descriptor)
 
     def _fail(self, error: OSError) -> None:
         if not self._failed:
             self._log("warning", f"journal {self.path}: {error.strerror}; records are kept in memory only")
         self._failed = True
+
+
+def _line(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, separators=(",", ":"))
 
 
 def read(path: str) -> Iterable[dict[str, Any]]:
@@ -75,7 +128,7 @@ def read(path: str) -> Iterable[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and isinstance(record.get("id"), int):
+            if isinstance(record, dict) and record.keys() >= KEYS and isinstance(record["id"], int):
                 yield record
 
 
@@ -108,16 +161,26 @@ class LastSeen:
         return marker, generation
 
     def save(self, marker: int | None, generation: int | None) -> None:
-        """Keeps them, where they differ from what is kept: a new file in the place of the old one."""
+        """Keeps them, where they differ from what is kept.
+
+        In place and in one write: a new file renamed over the old one makes ext4 wait for the disk, up to a second
+        when others write much, and in that time nobody would look at the page.
+        """
         if (marker, generation) == self._saved:
             return
-        self._saved = (marker, generation)
         values = {**self._where, "disruption_marker": marker, "generation": generation}
         try:
             _make_directory(self._path)
-            with open(f"{self._path}.new", "wb") as file:
-                file.write(json.dumps(values).encode() + b"\n")
-            os.replace(f"{self._path}.new", self._path)
+            content = json.dumps(values).encode() + b"\n"
+            content += b" " * (-len(content) % SECTOR)
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.pwrite(descriptor, content, 0)
+                if os.fstat(descriptor).st_size > len(content):
+                    os.ftruncate(descriptor, len(content))
+            finally:
+                os.close(descriptor)
+            self._saved = (marker, generation)
             self._failed = False
         except OSError as error:
             if not self._failed:

@@ -28,12 +28,10 @@ if TYPE_CHECKING:
 
 NSEC_PER_SEC = 1_000_000_000
 
-#: What a journal record may be of.
-KINDS = ("disruption", "generation", "drill")
-WARNINGS = ("soon", "imminent")
-
-#: The longest time between two writings of the file.
+#: The longest time between two writings of the file, and the time from a change of state to a writing: the first
+#: moments after a disruption are for the clock, and a state that goes to and fro costs no more than this often.
 WRITE_NS = 5 * NSEC_PER_SEC
+SETTLE_NS = NSEC_PER_SEC // 10
 
 
 def render(status: dict[str, Any]) -> str:
@@ -104,7 +102,7 @@ def _families(status: dict[str, Any]) -> Iterator[tuple[str, str, str, Samples]]
         "vmclock_disruptions_total",
         "counter",
         "Disruptions seen since the daemon's start; of kind generation: the guest was copied, its clock is sound.",
-        [({"kind": kind}, status["disruptions_by_kind"].get(kind, 0)) for kind in KINDS],
+        [({"kind": kind}, count) for kind, count in status["disruptions_by_kind"].items()],
     )
     yield (
         "vmclock_recovery_seconds",
@@ -128,11 +126,26 @@ def _families(status: dict[str, Any]) -> Iterator[tuple[str, str, str, Samples]]
         "vmclock_disruption_announced",
         "gauge",
         "Whether the hypervisor announces a disruption: soon is within about a day, imminent within an hour.",
-        [({"warning": word}, int(word == status["warning"])) for word in WARNINGS],
+        [({"warning": word}, int(word == status["warning"])) for word in ("soon", "imminent")],
     )
-    yield "vmclock_sink_up", "gauge", "Whether the last sample arrived.", _of_sinks(sinks, 0)
-    yield "vmclock_samples_total", "counter", "Samples that a sink took.", _of_sinks(sinks, 1)
-    yield "vmclock_samples_dropped_total", "counter", "Samples that a sink did not take.", _of_sinks(sinks, 2)
+    yield (
+        "vmclock_sink_up",
+        "gauge",
+        "Whether the last sample arrived.",
+        [({"sink": name}, int(sink["ok"])) for name, sink in sinks.items() if _tried(sink)],
+    )
+    yield (
+        "vmclock_samples_total",
+        "counter",
+        "Samples that a sink took.",
+        [({"sink": name}, sink["sent"]) for name, sink in sinks.items()],
+    )
+    yield (
+        "vmclock_samples_dropped_total",
+        "counter",
+        "Samples that a sink did not take.",
+        [({"sink": name}, sink["dropped"]) for name, sink in sinks.items()],
+    )
     yield (
         "vmclock_withheld_total",
         "counter",
@@ -165,18 +178,14 @@ def _known_first(words: tuple[str, ...], found: dict[str, int] | list[str]) -> l
     return [*words, *(word for word in found if word not in words)]
 
 
-def _by_sink(sinks: list[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
-    """Up, sent and dropped by name: one that is configured twice must not become two series of the same labels."""
-    found: dict[str, tuple[int, int, int]] = {}
-    for sink in sinks:
-        name = f"{sink['type']}:{sink['name']}"
-        up, sent, dropped = found.get(name, (1, 0, 0))
-        found[name] = (int(up and sink["ok"]), sent + sink["sent"], dropped + sink["dropped"])
-    return found
+def _by_sink(sinks: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The sinks by their label: one that is configured twice must not become two series of the same labels."""
+    return {f"{sink['type']}:{sink['name']}": sink for sink in sinks}
 
 
-def _of_sinks(sinks: dict[str, tuple[int, int, int]], which: int) -> Samples:
-    return [({"sink": name}, figures[which]) for name, figures in sinks.items()]
+def _tried(sink: dict[str, Any]) -> bool:
+    """Whether it is known how a sink does: not so where there has been nothing to send."""
+    return sink["ok"] or sink["error"] is not None
 
 
 def _label_set(labels: dict[str, str]) -> str:
@@ -194,7 +203,7 @@ def _escape(value: str) -> str:
 class MetricsFile:
     """The metrics in a file (None: nowhere), for node_exporter's textfile collector; its name must end in ``.prom``.
 
-    Written at every change of state, and every few seconds so that its age tells of a daemon that hangs; put in the
+    Written after every change of state, and every few seconds so that its age tells of a daemon that hangs; put in the
     place of the old one, so that nobody reads half of it; removed at the end, so that nobody reads what is no longer
     so.  A disk that refuses is said once.
     """
@@ -209,9 +218,13 @@ class MetricsFile:
 
     def tick(self, now_ns: int, state: str, status: Callable[[], dict[str, Any]]) -> None:
         """Once each time round the loop; ``status`` is called only where there is something to write."""
-        if self._path is None or (now_ns < self._due_ns and state == self._state):
+        if self._path is None:
             return
-        self._state = state
+        if state != self._state:
+            self._state = state
+            self._due_ns = min(self._due_ns, now_ns + SETTLE_NS)
+        if now_ns < self._due_ns:
+            return
         self._due_ns = now_ns + WRITE_NS
         error = None
         try:
@@ -261,11 +274,9 @@ def _replace(path: str, text: bytes) -> None:
     # Its directory may be open to others: what they put there in its place is not written to.
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        try:
+        with open(descriptor, "wb") as file:
             os.fchmod(descriptor, 0o644)
-            os.write(descriptor, text)
-        finally:
-            os.close(descriptor)
+            file.write(text)
         os.rename(new, path)
     except OSError:
         os.unlink(new)

@@ -5,7 +5,7 @@ Layout and meaning of the page: Linux, include/uapi/linux/vmclock-abi.h (version
 
 from __future__ import annotations
 
-from struct import pack_into, unpack_from
+from struct import error, pack_into, unpack_from
 
 # ---- The page ------------------------------------------------------------------------------------------
 
@@ -111,8 +111,9 @@ def flag_names(flags: int) -> list[str]:
 class Snapshot:
     """One consistent copy of the page: the ABI's fields as attributes, raw.
 
-    A field that the page's ``size`` does not cover is None.  Whether a field that is covered also means
-    something is for its flag to say: see :meth:`has`.
+    A field that the page's ``size`` does not cover is None; those up to the disruption marker, without which it
+    is no page, are always there.  Whether a field that is covered also means something is for its flag to say:
+    see :meth:`has`.
     """
 
     __slots__ = ("raw", *_FIELD_END)
@@ -144,9 +145,10 @@ class Snapshot:
     def __init__(self, raw: bytes) -> None:
         self.raw = raw
         (size,) = unpack_from("<I", raw, 4)
+        covered = max(size, SMALLEST_SIZE)
         for name, offset, code in FIELDS:
-            covered = _FIELD_END[name] <= size
-            setattr(self, name, unpack_from("<" + code, raw, offset)[0] if covered else None)
+            there = _FIELD_END[name] <= covered
+            setattr(self, name, unpack_from("<" + code, raw, offset)[0] if there else None)
 
     def has(self, flag: int) -> bool:
         """Whether ``flag`` (one of the constants above) is set, in a page that has flags at all."""
@@ -179,10 +181,14 @@ class Snapshot:
 
 
 def encode(fields: dict[str, int]) -> bytes:
-    """The 112 bytes of a page with these fields; those not named are 0."""
+    """The 112 bytes of a page with these fields; those not named are 0.  ValueError for a value that does not fit."""
     raw = bytearray(PAGE_BYTES)
     for name, offset, code in FIELDS:
-        pack_into("<" + code, raw, offset, fields.get(name, 0))
+        value = fields.get(name, 0)
+        try:
+            pack_into("<" + code, raw, offset, value)
+        except error:
+            raise ValueError(f"{value} does not fit {name}") from None
     return bytes(raw)
 
 

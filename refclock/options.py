@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from .errors import ConfigError
 
 NSEC_PER_SEC = 1_000_000_000
@@ -11,6 +13,8 @@ DEVICE_PATH = "/dev/vmclock0"
 STATUS_PATH = "/run/vmclock-refclock/status.sock"
 STATE_DIR = "/var/lib/vmclock-refclock"
 CHRONYD_PATH = "/run/chrony/chronyd.sock"
+
+LONGEST_SOCKET_PATH = 107  # sun_path, unix(7)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,12 +87,24 @@ def path_or_none(value: Any) -> str | None:
     return None if value == "none" else path(value)
 
 
+def socket_path(value: Any) -> str:
+    """A parser of a Unix socket's path."""
+    if len(os.fsencode(path(value))) > LONGEST_SOCKET_PATH:
+        raise ValueError(f"a path of at most {LONGEST_SOCKET_PATH} bytes, as a socket's must be")
+    return path(value)
+
+
+def socket_path_or_none(value: Any) -> str | None:
+    """A parser of a Unix socket's path, or the word none."""
+    return None if value == "none" else socket_path(value)
+
+
 def shm(value: Any) -> tuple[int, int]:
     """A parser of ``UNIT[:perm=OCTAL]``: the unit and the permissions for a segment that is made anew."""
     allowed = "UNIT[:perm=OCTAL], a unit from 0 to 255, for example 2:perm=0640"
     unit, _, rest = str(value).partition(":")
     key, _, octal = rest.partition("=")
-    if isinstance(value, bool) or not unit.isdigit() or int(unit) > 255 or (rest and key != "perm"):
+    if isinstance(value, bool) or not unit.isdecimal() or int(unit) > 255 or (rest and key != "perm"):
         raise ValueError(allowed)
     try:
         permissions = int(octal, 8) if rest else 0o600
@@ -117,7 +133,7 @@ def command(value: Any) -> list[str]:
 
 OPTIONS = (
     Option("device", "PATH", DEVICE_PATH, path, "the vmclock device; waited for if it is not there"),
-    Option("sock", "PATH", None, path, "chronyd's SOCK socket, as in chrony.conf", repeatable=True),
+    Option("sock", "PATH", None, socket_path, "chronyd's SOCK socket, as in chrony.conf", repeatable=True),
     Option("shm", "UNIT[:perm=OCTAL]", None, shm, "NTP shared memory unit; perm (0600) if we make it", repeatable=True),
     Option("interval", "S", "0.05", seconds(0.001, 3600), "time between samples"),
     Option("watch", "S", "0.01", seconds(0.0001, 10), "time between looks at the page, where nothing notifies"),
@@ -130,9 +146,9 @@ OPTIONS = (
     ),
     Option("step-threshold", "S", "0.000001", seconds(0, 3600), "an offset below it is left to chronyd"),
     Option("max-error", "S", "0.001", seconds(1e-9, 3600), "the widest error that counts as good"),
-    Option("chronyd", "PATH|none", CHRONYD_PATH, path_or_none, "chronyd's command socket"),
+    Option("chronyd", "PATH|none", CHRONYD_PATH, socket_path_or_none, "chronyd's command socket"),
     Option("fallback", "PHC|none", "none", path_or_none, "a PTP clock, for pages without time"),
-    Option("status", "PATH", STATUS_PATH, path, "where status, wait and drill find the daemon"),
+    Option("status", "PATH", STATUS_PATH, socket_path, "where status, wait and drill find the daemon"),
     Option("state-dir", "DIR", STATE_DIR, path, "where the last marker and the journal are kept"),
     Option("journal", "FILE", None, path, "the record of disruptions [DIR/journal.jsonl]"),
     Option("metrics", "FILE", None, path, "OpenMetrics text, for node_exporter's textfile collector"),

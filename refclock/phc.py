@@ -18,7 +18,7 @@ NSEC_PER_SEC = 1_000_000_000
 TAI_OFFSET_S = 37
 TAI_TOLERANCE_S = 5
 #: How far the system clock may be from UTC and the distance still tell which of the two it is.
-PLAUSIBLE_NS = NSEC_PER_SEC // 2
+PLAUSIBLE_NS = NSEC_PER_SEC // 10
 
 
 class Phc:

@@ -32,9 +32,11 @@ MOST_UNCERTAINTY_NS = 10_000
 #: slewed: chronyd's fastest slew is 8.3 %.
 PERIOD_TOLERANCE = 0.2
 
-
 #: A page that loses its time on a new host gets it back within moments, or it will not come back.
 TIME_COMES_BACK_NS = 10 * NSEC_PER_SEC
+
+#: How long the last good sample vouches for the clock while there is only nothing to feed.
+VOUCHES_NS = 10 * NSEC_PER_SEC
 
 
 class Record:
@@ -76,6 +78,11 @@ class Record:
         self.actions: list[dict[str, object]] = []
         self.recovered_after_ns: int | None = None
         self.superseded_by: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not over: neither recovered from nor superseded."""
+        return self.recovered_after_ns is None and self.superseded_by is None
 
     def note(self, now_ns: int, name: str, ok: bool, detail: str = "") -> None:
         """Writes down one action and how it went."""
@@ -133,9 +140,9 @@ class Policy:
     """The state of the system clock, as far as the page lets us know it.
 
     ``max_error_ns`` is the widest error that counts as good.  ``corrects`` tells whether the reaction sets the
-    clock before anything is fed again (else it only flags it).  ``remembered`` are the marker and generation
-    last seen, from before a restart.  ``counter_period_ns`` is the counter's own period as measured, for a check
-    of the page's.
+    clock before anything is fed again (else it only flags it).  ``has_chronyd`` tells whether there is to be a
+    chronyd; whether it answers is another matter.  ``remembered`` are the marker and generation last seen, from
+    before a restart.  ``counter_period_ns`` is the counter's own period as measured, for a check of the page's.
     """
 
     def __init__(
@@ -143,6 +150,7 @@ class Policy:
         *,
         max_error_ns: int,
         corrects: bool = True,
+        has_chronyd: bool = False,
         remembered: tuple[int | None, int | None] = (None, None),
         counter_period_ns: float | None = None,
         next_id: int = 1,
@@ -157,10 +165,11 @@ class Policy:
         self.warning: str | None = None
         self.disruptions = 0
         self.last: Record | None = None
-        #: Whether chronyd, by samples since the last reset, is synchronised; None: there is none to ask.
+        #: Whether chronyd, by samples since the last reset, is synchronised; None: it does not answer.
         self.chronyd_normal: bool | None = None
-        self._max_error_ns = max_error_ns
         self.corrects = corrects
+        self._max_error_ns = max_error_ns
+        self._has_chronyd = has_chronyd
         self._counter_period_ns = counter_period_ns
         self._next_id = next_id
         self._snapshot: Snapshot | None = None
@@ -169,7 +178,8 @@ class Policy:
         self._uncorrected = False
         self._by_fallback = False
         self._fed = False
-        self._had_time_ns: int | None = None
+        self._lost_time_ns: int | None = None
+        self._believed_ns = 0
         self._judged = ("waiting", self.reason)
 
     # ---- What comes in -------------------------------------------------------------------------------
@@ -183,45 +193,42 @@ class Policy:
 
     def unreadable(self, cause: str, reason: str) -> list[Action]:
         """The page is there but no consistent copy of it can be had."""
+        self.offset_ns = self.maxerror_ns = None
         self._judge("unsynchronised" if self._snapshot else "unknown", reason)
         return [*self._stop_feeding(), ("withhold", cause)]
 
     def look(self, now_ns: int, system_ns: int, look: Look) -> list[Action]:
         """One look at the page; ``system_ns`` is the system clock, for a record where there is no better."""
-        actions: list[Action] = []
-        if look.snapshot is not self._snapshot:
-            actions = self._adopt(now_ns, system_ns, look)
+        updated = look.snapshot is not self._snapshot
+        if updated:
+            self._adopt(now_ns, look)
         sample = look.sample
         cause, reason = look.cause, look.reason
         if sample is not None:
             cause, reason = self._doubt(sample)
-        if self.kind == "time":
-            self._had_time_ns = now_ns
+            if not cause:
+                system_ns = sample.reference_ns
+        actions = self._compare(now_ns, system_ns, look.snapshot) if updated else []
         if self.kind == "signal" and not self._may_get_time_back(now_ns):
+            self.offset_ns = self.maxerror_ns = None
             self._judge("watching", "")
+            actions += self._stop_feeding()
         elif sample is None or cause:
-            actions += self._without(cause, reason)
-        elif self._uncorrected:
-            self._believe(sample)
-            actions.append(("correct", sample))
+            actions += self._without(now_ns, cause, reason)
         else:
-            self._believe(sample)
-            self._fed = True
-            actions.append(("feed", sample))
+            self._believe(now_ns, sample)
+            self._fed = not self._uncorrected
+            actions.append(("feed" if self._fed else "correct", sample))
         return actions + self._try_to_close(now_ns)
 
     def chronyd_says(self, now_ns: int, normal: bool | None) -> list[Action]:
-        """What chronyd reports since its last reset: synchronised or not; None when there is none to ask."""
+        """What chronyd reports since its last reset: synchronised or not; None when it does not answer."""
         self.chronyd_normal = normal
         return self._try_to_close(now_ns)
 
     def corrected(self) -> None:
         """The reaction has set the clock, or found that it cannot: what comes now is fed again."""
         self._uncorrected = False
-
-    def correct_again(self) -> None:
-        """What was corrected turned out not to be right yet: nothing more is fed until it is."""
-        self._uncorrected = True
 
     def corrected_by_fallback(self) -> None:
         """The clock was set by another source of time, where the page has none: chronyd need not be waited for."""
@@ -240,7 +247,7 @@ class Policy:
     def good(self) -> bool:
         """Whether an application may rely on the clock: what `wait` waits for."""
         if self.state == "watching":
-            return self.chronyd_normal is not False
+            return self.chronyd_normal is True or not self._has_chronyd
         return self.state in ("synchronised", "holdover")
 
     @property
@@ -248,28 +255,25 @@ class Policy:
         """The disruption that is not over yet."""
         return self._open
 
-    @property
-    def uncorrected(self) -> bool:
-        """Whether the clock is still to be set after a disruption."""
-        return self._uncorrected
+    def _adopt(self, now_ns: int, look: Look) -> None:
+        """Takes in an update of the page."""
+        self._snapshot = look.snapshot
+        kind_before, self.kind = self.kind, "signal" if look.cause == "signal" else "time"
+        if (kind_before, self.kind) == ("time", "signal"):
+            self._lost_time_ns = now_ns
+        self.clock_status = clock_status_name(look.snapshot.status)
+        self._implausible = self._doubt_period(look.snapshot)
 
-    def _adopt(self, now_ns: int, system_ns: int, look: Look) -> list[Action]:
+    def _compare(self, now_ns: int, at_ns: int, snapshot: Snapshot) -> list[Action]:
         """Compares an update of the page with what was last seen."""
-        snapshot = look.snapshot
         markers = (self.marker, snapshot.disruption_marker)
         generations = (self.generation, snapshot.generation)
-        self._snapshot = snapshot
-        self.kind = "signal" if look.cause == "signal" else "time"
-        self.clock_status = clock_status_name(snapshot.status)
         self.marker, self.generation = markers[1], generations[1] if generations[1] is not None else generations[0]
-        self._implausible = self._doubt_period(snapshot)
         actions: list[Action] = []
-        if look.sample is not None:
-            system_ns = look.sample.reference_ns
         if markers[0] is not None and markers[0] != markers[1]:
-            actions += self._disrupted("disruption", markers, generations, now_ns, system_ns)
+            actions += self._disrupted("disruption", markers, generations, now_ns, at_ns)
         elif None not in generations and generations[0] != generations[1]:
-            record = self._record("generation", markers, generations, now_ns, system_ns)
+            record = self._record("generation", markers, generations, now_ns, at_ns)
             record.recovered_after_ns = 0
             actions += [("generation", record), ("closed", record)]
         if snapshot.warning != self.warning:
@@ -283,13 +287,10 @@ class Policy:
         markers: tuple[int | None, int | None],
         generations: tuple[int | None, int | None],
         now_ns: int,
-        system_ns: int,
+        at_ns: int,
     ) -> list[Action]:
-        actions: list[Action] = [("invalidate", None)]
-        if self._open is not None:
-            self._open.superseded_by = self._next_id
-            actions.append(("closed", self._open))
-        self._open = self._record(kind, markers, generations, now_ns, system_ns)
+        superseded = self._open
+        self._open = self._record(kind, markers, generations, now_ns, at_ns)
         self.disruptions += kind == "disruption"
         self._uncorrected = self.corrects
         self._by_fallback = False
@@ -297,8 +298,12 @@ class Policy:
         self.offset_ns = self.maxerror_ns = None
         if self.chronyd_normal is not None:
             self.chronyd_normal = False
-        self._judge("unknown", "no sample since the disruption")
-        actions.append(("react", self._open))
+        if self.state != "waiting":
+            self._judge("unknown", "no sample since the disruption")
+        actions: list[Action] = [("invalidate", None), ("react", self._open)]
+        if superseded is not None:
+            superseded.superseded_by = self._open.id
+            actions.append(("closed", superseded))
         return actions
 
     def _record(
@@ -307,9 +312,9 @@ class Policy:
         markers: tuple[int | None, int | None],
         generations: tuple[int | None, int | None],
         now_ns: int,
-        system_ns: int,
+        at_ns: int,
     ) -> Record:
-        record = Record(self._next_id, kind, markers, generations, now_ns, system_ns)
+        record = Record(self._next_id, kind, markers, generations, now_ns, at_ns)
         self._next_id += 1
         if kind != "generation":
             self.last = record
@@ -317,7 +322,7 @@ class Policy:
 
     def _may_get_time_back(self, now_ns: int) -> bool:
         """Whether a page without time had some a moment ago: a new host that has not published its own yet."""
-        return self._had_time_ns is not None and now_ns - self._had_time_ns < TIME_COMES_BACK_NS
+        return self._lost_time_ns is not None and now_ns - self._lost_time_ns < TIME_COMES_BACK_NS
 
     def _doubt(self, sample: Sample) -> tuple[str, str]:
         """Why a sample is not believed, or a pair of empty words."""
@@ -342,18 +347,17 @@ class Policy:
             return None
         return f"the page's counter period is {period_ns:.6g} ns, the counter's own {self._counter_period_ns:.6g} ns"
 
-    def _without(self, cause: str, reason: str) -> list[Action]:
+    def _without(self, now_ns: int, cause: str, reason: str) -> list[Action]:
         """A look that brought no sample to believe."""
-        if cause in ("leap", "uncertain"):
-            # The clock is as good as it was; there is only nothing to feed just now.
-            if self._judged[0] in ("waiting", "unsynchronised"):
-                self._judge("unknown", reason)
-            return [("withhold", cause)]
+        passing = cause in ("leap", "uncertain")
+        if passing and self.offset_ns is not None and now_ns - self._believed_ns < VOUCHES_NS:
+            return [("withhold", cause)]  # the clock is as good as it was; there is only nothing to feed just now
         self.offset_ns = self.maxerror_ns = None
-        self._judge("unsynchronised", reason)
+        self._judge("unknown" if passing else "unsynchronised", reason)
         return [*self._stop_feeding(), ("withhold", cause)]
 
-    def _believe(self, sample: Sample) -> None:
+    def _believe(self, now_ns: int, sample: Sample) -> None:
+        self._believed_ns = now_ns
         self.offset_ns, self.maxerror_ns = sample.offset_ns, sample.maxerror_ns
         if self._open is not None and self._open.offset_ns is None:
             self._open.offset_ns = sample.offset_ns
@@ -382,11 +386,13 @@ class Policy:
 
     def _try_to_close(self, now_ns: int) -> list[Action]:
         record = self._open
-        if record is None or self._judged[0] not in ("synchronised", "holdover", "watching"):
+        if record is None:
             return []
-        if self._judged[0] != "watching" and self._uncorrected:
-            return []
-        if self.chronyd_normal is False and not self._by_fallback:
+        if self._judged[0] == "watching":
+            over = self._by_fallback or self.chronyd_normal is True or not self._has_chronyd
+        else:
+            over = self._judged[0] in ("synchronised", "holdover") and self._fed and self.chronyd_normal is not False
+        if not over:
             return []
         self._open = None
         self._uncorrected = False

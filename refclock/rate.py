@@ -23,8 +23,10 @@ class SystemRate:
         self._last: tuple[int, int, float] | None = None
         self._rates: list[float] = []
 
-    def add(self, counter: int, system_ns: int, kernel_rate: float) -> None:
-        """One pair, and the kernel's rate at that moment."""
+    def add(self, counter: int, system_ns: int, kernel_rate: float | None) -> None:
+        """One pair, and the kernel's rate at that moment (None: it does not say)."""
+        if kernel_rate is None:
+            return
         last, self._last = self._last, (counter, system_ns, kernel_rate)
         if last is None or last[2] != kernel_rate or counter <= last[0]:
             return
@@ -53,9 +55,15 @@ def frequency_ppm(wanted_ns: float, actual_ns: float) -> float:
     return (wanted_ns / actual_ns - 1) * 1e6
 
 
-def slope_ppm(points: list[tuple[int, int]]) -> float:
-    """The slope of offset over time, both in nanoseconds, by least squares, in ppm."""
+def slope_ppm(points: list[tuple[int, int]]) -> tuple[float, float]:
+    """The slope of offset over time, both in nanoseconds, by least squares, and its standard error; in ppm.
+
+    At least three points, not all at one time.
+    """
+    points = [(t - points[0][0], offset - points[0][1]) for t, offset in points]
     mean_t = sum(t for t, _ in points) / len(points)
     mean_offset = sum(offset for _, offset in points) / len(points)
     spread = sum((t - mean_t) ** 2 for t, _ in points)
-    return sum((t - mean_t) * (offset - mean_offset) for t, offset in points) / spread * 1e6 if spread else 0.0
+    slope = sum((t - mean_t) * (offset - mean_offset) for t, offset in points) / spread
+    left = sum((offset - mean_offset - slope * (t - mean_t)) ** 2 for t, offset in points)
+    return slope * 1e6, (left / (len(points) - 2) / spread) ** 0.5 * 1e6

@@ -5,11 +5,11 @@ The order is the point.  From the moment at which the policy asks for it:
     begin      chronyd drops what it knows and says that it is not synchronised; without one, the kernel says it
     step       the clock is set, by the first sample of the new calibration
     frequency  chronyd is told the new host's frequency, once its own correction has ended with the reset
+    verify     some tens of milliseconds of samples show whether that was right, or measure what was not known
     settle     what is left of the offset is taken out; chronyd drops what it saw meanwhile; feeding begins again
-    verify     some tens of milliseconds of samples show whether the frequency was right
     follow     chronyd is asked until it is synchronised again
 
-A page without time goes from begin to follow, by way of the fallback where there is one.
+A page without time stays at step, should it get its time back; meanwhile the fallback sets the clock, or chronyd does.
 Nothing here waits: each look at the page and each answer of chronyd's moves it on.
 """
 
@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .chronyd import Command, Request
+    from .chronyd import Command, Request, Tracking
     from .options import Settings
     from .page import Page, Sample
     from .policy import Action, Policy, Record
@@ -33,22 +33,26 @@ if TYPE_CHECKING:
 MSEC = 1_000_000
 NSEC_PER_SEC = 1_000_000_000
 
-#: How often chronyd is asked whether it is synchronised: while a disruption lasts, and otherwise.
-ASK_OPEN_NS = 20 * MSEC
+#: How often chronyd is asked whether it is synchronised: while it is to select us again, and otherwise.
+ASK_QUICK_NS = 20 * MSEC
 ASK_NS = 2 * NSEC_PER_SEC
-#: How often a fallback that has not shown its time scale yet is compared with the system clock.
+#: How often a fallback is compared with the system clock, until its time scale is known and from then on.
+LEARN_FIRST_NS = NSEC_PER_SEC
 LEARN_NS = 10 * NSEC_PER_SEC
 #: How long the reaction waits for chronyd's answer to one command before it goes on without.
 PATIENCE_NS = 100 * MSEC
-#: The time between looks while there is something to be corrected, and while chronyd is to select us again.
+#: How long the kernel may take to run the clock at a new frequency: its longest tick.
+TICK_NS = 10 * MSEC
+#: The time between looks while the clock is being corrected, and while chronyd is to select us again.
 CORRECTING_NS = 1 * MSEC
 QUICK_NS = 10 * MSEC
 QUICK_FOR_NS = 10 * NSEC_PER_SEC
-#: The least frequency worth telling chronyd, and for how long and how far off it is verified.
+#: The least frequency worth telling chronyd, computed and measured; how long one is verified, or measured.
 LEAST_PPM = 0.02
-VERIFY_NS = 50 * MSEC
-VERIFY_FEWEST = 5
-VERIFY_PPM = 0.2
+LEAST_MEASURED_PPM = 0.2
+VERIFY_NS = 20 * MSEC
+MEASURE_NS = 50 * MSEC
+FEWEST_POINTS = 5
 #: `burst`: so many good samples, of so many tries, from each NTP source.
 BURST = (4, 8)
 
@@ -63,7 +67,8 @@ class Reaction:
         log: Callable[[str, str], None],
         clock: SystemClock | None = None,
     ) -> None:
-        self._settings = settings
+        #: To be replaced when they are loaded anew.
+        self.settings = settings
         self._policy = policy
         self._log = log
         self._clock = clock if clock is not None else SystemClock()
@@ -73,19 +78,26 @@ class Reaction:
         self._rate = SystemRate()
         self._period_before_ns: float | None = None
         self._is_device = False
+        # The reaction under way.
         self._record: Record | None = None
-        self._stage = ""
+        self._stage = "follow"
+        self._stepped = False
+        self._bursting = False
+        self._points: list[tuple[int, int]] = []
+        self._points_rate: float | None = None
+        self._correcting_until_ns = 0
+        self._quick_until_ns = 0
+        # What is asked of chronyd: by whom and under which name, and the last of each kind.
         self._names: dict[Request, tuple[Record | None, str]] = {}
         self._awaited: Request | None = None
         self._reset: Request | None = None
+        self._last_by_fallback: Request | None = None
         self._tracking: Request | None = None
+        self._last_tracking: Tracking | None = None
         self._next_ask_ns = 0
         self._next_learn_ns = 0
-        self._justified = False
-        self._verified: list[tuple[int, int]] = []
-        self._verify_rate = 0.0
-        self._quick_until_ns = 0
         self._told_chronyd: str | None = ""
+        self._told_fallback: str | None = None
         if settings.fallback is not None:
             try:
                 self._fallback = Phc(settings.fallback)
@@ -98,7 +110,7 @@ class Reaction:
         """A page is there: it decides what may be done to the clock."""
         self._is_device = page.is_device
         self._rate.interrupt()
-        self._policy.corrects = self._settings.on_disruption == "step"
+        self._policy.corrects = self.settings.on_disruption == "step"
         if self._policy.corrects and self._is_device and not self._clock.may_set():
             self._policy.corrects = False
             self._log(
@@ -108,65 +120,53 @@ class Reaction:
 
     def begin(self, record: Record, now_ns: int) -> None:
         """A disruption was seen; the sinks are invalid already."""
+        self._leave_record(now_ns)
         self._record = record
         self._stage = "step" if self._policy.corrects else "follow"
+        self._stepped = False
+        self._awaited = None
         self._quick_until_ns = now_ns + QUICK_FOR_NS
         self._rate.interrupt()
-        self._reset_sources(record, now_ns)
         record.note(now_ns, "invalidate", True)
+        self._reset_sources(record, now_ns)
+        if self._reset is None or not self._reset.delivered:
+            self._flag(record, now_ns)
         if not self._policy.corrects:
             record.note(
                 now_ns, "step", False, "the clock is only flagged: on-disruption is flag, or CAP_SYS_TIME is missing"
             )
-        if self._reset is None or not self._reset.delivered:
-            self._flag(record, now_ns)
         if self._policy.kind == "signal":
             self._begin_without_time(record, now_ns)
 
     def correct(self, sample: Sample, page: Page, now_ns: int) -> None:
         """A sample of the new calibration, from which nothing may be fed until the clock is corrected."""
-        record = self._record
-        if record is None or self._stage not in ("step", "frequency", "settle"):
+        if self._record is None:
             self._policy.corrected()
             return
-        if self._waits_for_chronyd(now_ns):
-            return
-        if self._stage == "step":
-            bound_ns = (sample.maxerror_ns or 0) + sample.uncertainty_ns
-            self._justified = self._step(record, sample.offset_ns, sample.system_ns, bound_ns, now_ns)
-            self._awaited = self._reset
-            self._stage = "frequency"
-        elif self._stage == "frequency":
-            self._tell_frequency(record, page, now_ns)
-            self._stage = "settle"
-        else:
-            if self._justified and abs(sample.offset_ns) > sample.uncertainty_ns:
-                self._step(record, sample.offset_ns, sample.system_ns, sample.uncertainty_ns, now_ns, rest=True)
-            self._reset_sources(record, now_ns)
-            self._verified = []
-            self._stage = "verify" if self._is_device else "follow"
-            self._policy.corrected()
+        self._correcting_until_ns = now_ns + PATIENCE_NS
+        if not self._waits_for_chronyd(now_ns):
+            self._stage = getattr(self, f"_do_{self._stage}")(self._record, sample, page, now_ns)
 
-    def fed(self, sample: Sample, page: Page, now_ns: int) -> None:
+    def fed(self, sample: Sample, page: Page) -> None:
         """A sample that the sinks got."""
         self._period_before_ns = page.period_ns
-        if not self._is_device:
-            return
-        rate = self._clock.rate()
-        self._rate.add(sample.counter, sample.system_ns, rate)
-        if self._stage == "verify" and self._record is not None:
-            self._verify(self._record, sample, rate, now_ns)
+        if self._is_device and self._policy.corrects:
+            self._rate.add(sample.counter, sample.system_ns, self._clock.rate())
 
-    def closed(self) -> None:
+    def closed(self, now_ns: int) -> None:
         """The record is closed: nothing is in a hurry any more."""
-        self._record = None
-        self._stage = ""
+        self._leave_record(now_ns)
+        self._stage = "follow"
         self._quick_until_ns = 0
+
+    def hurries(self, now_ns: int) -> bool:
+        """Whether the clock is worked on at this moment: what can wait for milliseconds must."""
+        return now_ns < self._correcting_until_ns and self._stage != "verify"
 
     def interval_ns(self, now_ns: int) -> int:
         """The time to the next look that the reaction wants."""
-        interval_ns = self._settings.interval
-        if self._policy.uncorrected and self._policy.kind == "time":
+        interval_ns = self.settings.interval
+        if now_ns < self._correcting_until_ns:
             return min(interval_ns, CORRECTING_NS)
         if now_ns < self._quick_until_ns:
             return min(interval_ns, QUICK_NS)
@@ -184,6 +184,7 @@ class Reaction:
         actions: list[Action] = []
         if self._clock_watch.fileno() in ready and self._clock_watch.was_set():
             self._rate.interrupt()
+            self._points.clear()
             self._log("notice", "the system clock was set by another program; it is compared anew at once")
         if self._chronyd is not None and self._chronyd.fileno() in ready:
             for request in self._chronyd.receive(now_ns):
@@ -194,34 +195,39 @@ class Reaction:
         """What is due by the time alone."""
         actions: list[Action] = []
         if self._chronyd is not None:
-            if now_ns >= self._next_ask_ns and self._tracking is None:
+            if self._may_ask() and now_ns >= self._next_ask_ns:
                 self._ask(now_ns)
             deadline_ns = self._chronyd.next_deadline_ns()
             if deadline_ns is not None and now_ns >= deadline_ns:
                 for request in self._chronyd.tick(now_ns):
                     actions += self._finished(request, now_ns)
         if self._fallback is not None and now_ns >= self._next_learn_ns:
-            self._next_learn_ns = now_ns + LEARN_NS
             self._learn(self._fallback)
+            known = self._fallback.utc_offset_ns is not None
+            self._next_learn_ns = now_ns + (LEARN_NS if known else LEARN_FIRST_NS)
         return actions
 
     def due_ns(self) -> int | None:
         """When :meth:`tick` is due, or None."""
-        if self._chronyd is None:
-            return None if self._fallback is None else self._next_learn_ns
-        due_ns = self._chronyd.next_deadline_ns()
-        if self._tracking is None:
-            return self._next_ask_ns if due_ns is None else min(due_ns, self._next_ask_ns)
-        return due_ns
+        due = [self._next_learn_ns] if self._fallback is not None else []
+        if self._chronyd is not None:
+            deadline_ns = self._chronyd.next_deadline_ns()
+            if deadline_ns is not None:
+                due.append(deadline_ns)
+            if self._may_ask():
+                due.append(self._next_ask_ns)
+        return min(due, default=None)
 
     def chronyd_status(self) -> dict[str, object] | None:
         """The contract's view of chronyd; None without one."""
         if self._chronyd is None:
             return None
+        tracking = self._last_tracking
         return {
             "ok": not self._chronyd.error,
             "error": self._chronyd.error or None,
             "normal": self._policy.chronyd_normal,
+            "tracking": tracking.fields() if tracking is not None else None,
         }
 
     def close(self) -> None:
@@ -230,6 +236,111 @@ class Reaction:
         if self._fallback is not None:
             self._fallback.close()
         self._clock_watch.close()
+
+    # ---- The stages: each returns the next ---------------------------------------------------------------
+
+    def _do_step(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
+        if not self._stepped:  # by the fallback, while the page had no time
+            bound_ns = (sample.maxerror_ns or 0) + sample.uncertainty_ns
+            self._step(record, sample.offset_ns, sample.system_ns, bound_ns, now_ns)
+        self._awaited = self._reset
+        return "frequency"
+
+    def _do_frequency(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
+        record.frequency_ppm = self._compute_ppm(page)
+        self._period_before_ns = page.period_ns
+        if self._reset is None or not self._reset.ok:
+            why = "no chronyd is configured" if self._reset is None else "chronyd did not reset its sources"
+            record.note(now_ns, "dfreq", False, f"{why}: the frequency is left alone")
+            return "settle"
+        if record.frequency_ppm is not None:
+            self._tell_frequency(record, record.frequency_ppm, now_ns)
+        elif not self._is_device:
+            record.note(now_ns, "dfreq", False, "the period before is not known: the frequency is left to chronyd")
+        self._points.clear()
+        return "verify" if self._is_device else "settle"
+
+    def _do_verify(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
+        if self._awaited is None or not self._awaited.ok:
+            record.note(now_ns, "verify", False, "it is not known whether chronyd has changed the frequency")
+            return "settle"
+        rate = self._clock.rate()
+        if not self._points:
+            self._points_rate = rate
+        if rate != self._points_rate:
+            record.note(now_ns, "verify", False, "chronyd has changed the frequency meanwhile")
+            return "settle"
+        self._points.append((sample.system_ns, sample.offset_ns))
+        span_ns = VERIFY_NS if record.frequency_ppm is not None else MEASURE_NS
+        if sample.system_ns - self._points[0][0] < span_ns or len(self._points) < FEWEST_POINTS:
+            return "verify"
+        ppm, error_ppm = slope_ppm(self._points)
+        record.note(now_ns, "verify", True, f"{ppm:+.3f} ppm, give or take {error_ppm:.3f}")
+        if abs(ppm) > max(LEAST_MEASURED_PPM, 3 * error_ppm):
+            record.frequency_ppm = (record.frequency_ppm or 0.0) + ppm
+            self._tell_frequency(record, ppm, now_ns)
+        return "settle"
+
+    def _do_settle(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
+        if self._stepped and abs(sample.offset_ns) > sample.uncertainty_ns:
+            self._step(record, sample.offset_ns, sample.system_ns, sample.uncertainty_ns, now_ns, rest=True)
+        self._reset_sources(record, now_ns)
+        self._bursting = False
+        self._correcting_until_ns = 0
+        self._quick_until_ns = now_ns + QUICK_FOR_NS
+        self._policy.corrected()
+        return "follow"
+
+    def _do_follow(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
+        self._policy.corrected()
+        return "follow"
+
+    # ---- The system clock --------------------------------------------------------------------------------
+
+    def _step(
+        self, record: Record, offset_ns: int, system_ns: int, bound_ns: int, now_ns: int, rest: bool = False
+    ) -> bool:
+        """Whether the clock is right now, or was as good as that.
+
+        One that was stepped is to be right to the nanosecond: ``rest`` is the second step that sees to it.
+        """
+        name = "step-rest" if rest else "step"
+        if not rest and abs(offset_ns) < self.settings.step_threshold:
+            record.note(now_ns, name, True, f"{offset_ns} ns is below the threshold: left to chronyd")
+            return True
+        if abs(offset_ns) <= bound_ns:
+            record.note(now_ns, name, True, f"{offset_ns} ns is within the bound of {bound_ns} ns: left to chronyd")
+            return True
+        try:
+            self._clock.step(self._is_device, offset_ns, system_ns, bound_ns)
+        except RefclockError as error:
+            record.note(now_ns, name, False, str(error))
+            return False
+        self._stepped = True
+        self._clock_watch.was_set()  # that was us
+        self._rate.interrupt()
+        record.note(now_ns, name, True, f"{offset_ns:+d} ns")
+        return True
+
+    def _flag(self, record: Record, now_ns: int) -> None:
+        try:
+            self._clock.flag_unsynchronised(self._is_device)
+        except RefclockError as error:
+            record.note(now_ns, "flag", False, str(error))
+        else:
+            record.note(now_ns, "flag", True, "STA_UNSYNC")
+
+    def _compute_ppm(self, page: Page) -> float | None:
+        """d(reference - system)/dt by the page's new period and the boot's constant rate; None: not known yet.
+
+        A simulation has no part in the kernel's frequency: a private chronyd (-x) keeps its corrections to itself,
+        and followed the period before.
+        """
+        actual_ns = self._period_before_ns
+        if self._is_device:
+            kernel_rate, uncorrected_ns = self._clock.rate(), self._rate.uncorrected_ns()
+            actual_ns = None if kernel_rate is None or uncorrected_ns is None else uncorrected_ns * kernel_rate
+        return None if actual_ns is None else frequency_ppm(page.period_ns, actual_ns)
 
     # ---- chronyd -----------------------------------------------------------------------------------------
 
@@ -250,9 +361,29 @@ class Reaction:
         if self._reset is not None:
             self._policy.chronyd_normal = False if self._reset.delivered else None
 
+    def _tell_frequency(self, record: Record, ppm: float, now_ns: int) -> None:
+        if abs(ppm) < LEAST_PPM:
+            record.note(now_ns, "dfreq", True, f"{ppm:+.3f} ppm is nothing to correct")
+        else:
+            self._awaited = self._command(record, "dfreq", dfreq(-ppm), now_ns)
+
+    def _waits_for_chronyd(self, now_ns: int) -> bool:
+        """Whether the next stage must wait for an answer, or for the kernel to do what it was told by chronyd."""
+        awaited = self._awaited
+        if awaited is None:
+            return False
+        if awaited.ok is None:
+            return awaited.delivered and now_ns - awaited.sent_ns < PATIENCE_NS
+        changes_frequency = self._is_device and awaited.ok and awaited is not self._reset
+        return changes_frequency and now_ns - (awaited.finished_ns or 0) < TICK_NS
+
+    def _may_ask(self) -> bool:
+        """A tracking that overtakes a reset would speak of the samples from before it."""
+        return self._tracking is None and (self._reset is None or self._reset.ok is not None)
+
     def _ask(self, now_ns: int) -> None:
         self._tracking = self._command(None, "tracking", TRACKING, now_ns)
-        self._next_ask_ns = now_ns + (ASK_OPEN_NS if self._record is not None else ASK_NS)
+        self._next_ask_ns = now_ns + (ASK_QUICK_NS if now_ns < self._quick_until_ns else ASK_NS)
 
     def _finished(self, request: Request, now_ns: int) -> list[Action]:
         record, name = self._names.pop(request, (None, ""))
@@ -260,7 +391,17 @@ class Reaction:
             record.note(now_ns, name, bool(request.ok), request.detail)
         if request is self._tracking:
             self._tracking = None
+            self._last_tracking = request.tracking
             return self._chronyd_says(request.tracking.normal if request.tracking is not None else None, now_ns)
+        if request is self._reset and request.ok is False and self._policy.chronyd_normal is False:
+            # Handed over, and then refused or never answered: it is as good as absent.
+            if record is not None:
+                self._flag(record, now_ns)
+            return self._chronyd_says(None, now_ns)
+        if record is None:
+            return []
+        if request is self._last_by_fallback:
+            self._policy.corrected_by_fallback()
         if name == "makestep":
             return self._policy.chronyd_says(now_ns, True)
         return []
@@ -271,115 +412,59 @@ class Reaction:
         if error != self._told_chronyd:
             self._told_chronyd = error
             self._log("warning" if error else "info", f"chronyd: {error or f'answers on {self._chronyd.path}'}")
-        if normal and self._stage == "burst" and self._record is not None:
+        if normal and self._bursting and self._record is not None:
             # It has a source again: now a step is one of what its samples say.
-            self._stage = "follow"
+            self._bursting = False
             self._command(self._record, "makestep", MAKESTEP, now_ns)
             return []
         return self._policy.chronyd_says(now_ns, normal)
 
-    def _waits_for_chronyd(self, now_ns: int) -> bool:
-        awaited = self._awaited
-        return (
-            awaited is not None and awaited.ok is None and awaited.delivered and now_ns - awaited.sent_ns < PATIENCE_NS
-        )
+    def _leave_record(self, now_ns: int) -> None:
+        """The record ends as it stands: what chronyd has not answered by now is written down as that."""
+        for request, (record, name) in self._names.items():
+            if record is not None:
+                record.note(now_ns, name, False, request.detail or "no answer yet")
+                self._names[request] = (None, "")
+        self._record = None
+        self._bursting = False
+        self._correcting_until_ns = 0
 
-    # ---- The system clock --------------------------------------------------------------------------------
+    # ---- Pages without time ------------------------------------------------------------------------------
 
-    def _step(
-        self, record: Record, offset_ns: int, system_ns: int, bound_ns: int, now_ns: int, rest: bool = False
-    ) -> bool:
-        """Whether the clock was wrong by more than its bound, and so is to be right to the nanosecond from now on."""
-        name = "step-rest" if rest else "step"
-        if not rest and abs(offset_ns) < self._settings.step_threshold:
-            record.note(now_ns, name, True, f"{offset_ns} ns is below the threshold: left to chronyd")
-            return False
-        try:
-            self._clock.step(self._is_device, offset_ns, system_ns, bound_ns)
-        except RefclockError as error:
-            record.note(now_ns, name, False, str(error))
-            return False
-        self._clock_watch.was_set()  # that was us
-        self._rate.interrupt()
-        record.note(now_ns, name, True, f"{offset_ns:+d} ns")
-        return True
-
-    def _flag(self, record: Record, now_ns: int) -> None:
-        try:
-            self._clock.flag_unsynchronised(self._is_device)
-        except RefclockError as error:
-            record.note(now_ns, "flag", False, str(error))
+    def _begin_without_time(self, record: Record, now_ns: int) -> None:
+        """The page cannot say how wrong the clock is: the fallback can, or chronyd's other sources will."""
+        fallback = self._fallback if self._policy.corrects else None
+        if fallback is not None and self._step_by_fallback(record, fallback, now_ns):
+            self._reset_sources(record, now_ns)
+            self._last_by_fallback = self._command(record, "burst", burst(*BURST), now_ns)
+            if self._last_by_fallback is None:
+                self._policy.corrected_by_fallback()
         else:
-            record.note(now_ns, "flag", True, "STA_UNSYNC")
+            self._bursting = self._command(record, "burst", burst(*BURST), now_ns) is not None
 
-    def _tell_frequency(self, record: Record, page: Page, now_ns: int) -> None:
-        """The correction from the page's new period: by the boot's constant rate, or else by the period before.
-
-        A simulation has no part in the kernel's frequency: a private chronyd (-x) keeps its corrections to itself,
-        and followed the period before.
-        """
-        uncorrected_ns = self._rate.uncorrected_ns() if self._is_device else None
-        actual_ns = self._period_before_ns if uncorrected_ns is None else uncorrected_ns * self._clock.rate()
-        if actual_ns is None:
-            record.note(now_ns, "dfreq", False, "the rate before is not known: it will be measured")
-            return
-        ppm = frequency_ppm(page.period_ns, actual_ns)
-        record.frequency_ppm = ppm
-        if abs(ppm) < LEAST_PPM:
-            record.note(now_ns, "dfreq", True, f"{ppm:+.3f} ppm is nothing to correct")
-            return
-        self._awaited = self._command(record, "dfreq", dfreq(-ppm), now_ns)
-
-    def _verify(self, record: Record, sample: Sample, rate: float, now_ns: int) -> None:
-        """Once some tens of milliseconds of one kernel frequency are seen: is there a slope left?"""
-        if not self._verified:
-            self._verify_rate = rate
-        self._verified.append((sample.system_ns, sample.offset_ns))
-        elapsed_ns = sample.system_ns - self._verified[0][0]
-        if rate != self._verify_rate:
-            self._stage = "follow"  # chronyd has taken over
-        elif elapsed_ns >= VERIFY_NS and len(self._verified) >= VERIFY_FEWEST:
-            self._stage = "follow"
-            ppm = slope_ppm(self._verified)
-            if abs(ppm) > max(VERIFY_PPM, 4e6 * sample.uncertainty_ns / elapsed_ns):
-                record.frequency_ppm = (record.frequency_ppm or 0.0) + ppm
-                self._awaited = self._command(record, "dfreq", dfreq(-ppm), now_ns)
-                self._stage = "settle"
-                self._policy.correct_again()
+    def _step_by_fallback(self, record: Record, fallback: Phc, now_ns: int) -> bool:
+        """Whether the clock is right by the fallback."""
+        try:
+            offset = fallback.offset()
+        except OSError as error:
+            record.note(now_ns, "fallback", False, f"{fallback.path}: {error.strerror}")
+            return False
+        if offset is None:
+            record.note(now_ns, "fallback", False, f"whether {fallback.path} says UTC or TAI is not known")
+            return False
+        record.offset_ns, system_ns, half_ns = offset
+        record.note(now_ns, "fallback", True, fallback.path)
+        return self._step(record, record.offset_ns, system_ns, half_ns, now_ns)
 
     def _learn(self, fallback: Phc) -> None:
         """Whether the fallback says UTC or TAI shows while the clock is good."""
         if not self._policy.good:
             return
+        error = None
         try:
             fallback.learn()
-        except OSError as error:
-            self._log("warning", f"fallback {fallback.path}: {error.strerror}")
-
-    def _begin_without_time(self, record: Record, now_ns: int) -> None:
-        """The page cannot say how wrong the clock is: the fallback can, or chronyd's other sources will."""
-        if (
-            self._fallback is not None
-            and self._policy.corrects
-            and self._step_by_fallback(record, self._fallback, now_ns)
-        ):
-            self._reset_sources(record, now_ns)
-            self._policy.corrected_by_fallback()
-            return
-        self._stage = "burst"
-        self._command(record, "burst", burst(*BURST), now_ns)
-
-    def _step_by_fallback(self, record: Record, fallback: Phc, now_ns: int) -> bool:
-        try:
-            offset = fallback.offset()
-            if offset is None:
-                record.note(now_ns, "fallback", False, f"whether {fallback.path} says UTC or TAI is not known")
-                return False
-            offset_ns, system_ns, half_ns = offset
-            record.offset_ns = offset_ns
-            self._step(record, offset_ns, system_ns, half_ns, now_ns)
-        except OSError as error:
-            record.note(now_ns, "fallback", False, f"{fallback.path}: {error.strerror}")
-            return False
-        record.note(now_ns, "fallback", True, fallback.path)
-        return True
+        except OSError as failure:
+            error = failure.strerror
+        if error != self._told_fallback:
+            self._told_fallback = error
+            self._log("warning" if error else "info", f"fallback {fallback.path}: {error or 'answers'}")

@@ -9,6 +9,7 @@ key would be fed for nobody.
 import os
 from errno import EACCES, EEXIST, EINVAL, ENOENT, ENOSPC, EPERM
 
+cimport cython
 from libc.errno cimport errno
 from libc.math cimport log2
 from libc.stdint cimport int64_t
@@ -72,6 +73,7 @@ cdef class Segment:
         """Whether a reader that comes now would find this segment: False once it was removed or replaced."""
         return shmget(self._key, sizeof(ntp_segment), 0) == self._id
 
+    @cython.cdivision(False)  # a time before 1970 is to be rounded down, too
     def put(self, int64_t reference_ns, int64_t system_ns, int leap, int precision):
         """Publishes a valid sample.  ``precision`` is log2 of seconds.
 

@@ -10,6 +10,7 @@ from select import POLLIN, poll
 from .errors import PageInvalid, PageStalled, RefclockError, SampleWithheld
 from .journal import Journal, LastSeen
 from .log import Log
+from .metrics import MetricsFile, render
 from .page import Page, Sample, counter_period_ns
 from .policy import Look, Policy
 from .reaction import Reaction
@@ -47,22 +48,31 @@ class Service:
         self._sinks: list[Sink] = []
         self._samples = 0
         self._withheld: dict[str, int] = {}
+        self._seen_by_kind = {"disruption": 0, "generation": 0, "drill": 0}
+        self._last_recovery_ns: int | None = None
+        self._last_sample: Sample | None = None
+        self._started_ns = time.monotonic_ns()
         self._signals: list[int] = []
+        self._changed = False
         self._next_sample_ns = 0
         self._next_open_ns = 0
         self._next_identity_ns = 0
         self._told = ("", "")
+        self._news: list[Action] = []
         self._server = Server(settings.status)
         self._journal = Journal(str(settings.journal), log)
         self._last_seen = LastSeen(settings.state_dir, settings.device, log)
         self._policy = Policy(
             max_error_ns=settings.max_error,
+            has_chronyd=settings.chronyd is not None,
             remembered=self._last_seen.load(),
-            counter_period_ns=counter_period_ns(),
+            # One that was measured while the machine did something else is far off.
+            counter_period_ns=sorted(counter_period_ns() for _ in range(3))[1],
             next_id=self._journal.next_id,
         )
         self._reaction = Reaction(settings, self._policy, log)
         self._sample_log = SampleLog(settings.log_samples, log)
+        self._metrics = MetricsFile(settings.metrics, log)
         self._hooks = Hooks(settings.hook, log)
         self._supervisor = Supervisor()
         self._sinks = _make_sinks(settings, log)
@@ -92,9 +102,11 @@ class Service:
         self._supervisor.stopping()
         for sink in self._sinks:
             sink.close()
+        self._tell_news()
         self._save_last_seen()
         self._reaction.close()
         self._sample_log.close()
+        self._metrics.close()
         self._hooks.close()
         self._server.close()
         if self._page is not None:
@@ -105,10 +117,11 @@ class Service:
     def _look_and_act(self, now_ns: int) -> None:
         if self._page is None and now_ns >= self._next_open_ns:
             self._open(now_ns)
-        if self._page is not None:
+        due = self._changed or self._reaction.hurries(now_ns) or now_ns >= self._next_sample_ns
+        if self._page is not None and due:
             for action in self._look(self._page, now_ns):
                 self._act(action)
-            self._next_sample_ns = max(self._next_sample_ns + self._reaction.interval_ns(now_ns), time.monotonic_ns())
+            self._next_sample_ns = now_ns + self._reaction.interval_ns(now_ns)
         for action in self._reaction.tick(time.monotonic_ns()):
             self._act(action)
 
@@ -158,10 +171,11 @@ class Service:
 
     def _act_feed(self, sample: Sample) -> None:
         self._samples += 1
+        self._last_sample = sample
         for sink in self._sinks:
             sink.put(sample)
         assert self._page is not None
-        self._reaction.fed(sample, self._page, time.monotonic_ns())
+        self._reaction.fed(sample, self._page)
         self._sample_log.write(sample)
 
     def _act_withhold(self, cause: str) -> None:
@@ -173,47 +187,45 @@ class Service:
 
     def _act_react(self, record: Record) -> None:
         self._reaction.begin(record, time.monotonic_ns())
-        self._journal.write(record)
-        self._save_last_seen()
-        self._log("warning", _describe_disruption(record))
-        self._hooks.run("disrupted", record.fields())
+        self._count_seen(record)
+        self._news.append(("react", record))
 
     def _act_correct(self, sample: Sample) -> None:
         self._count_withheld("disrupted")
+        self._last_sample = sample
         assert self._page is not None
         self._reaction.correct(sample, self._page, time.monotonic_ns())
 
     def _act_closed(self, record: Record) -> None:
-        self._journal.write(record)
-        if record.recovered_after_ns is None:
-            self._log("warning", f"disruption {record.id} is superseded by {record.superseded_by}")
-        elif record.kind != "generation":
-            self._reaction.closed()
-            self._log(
-                "notice", f"recovered from {record.kind} {record.id} after {record.recovered_after_ns / 1e6:.1f} ms"
-            )
-            self._hooks.run("recovered", record.fields())
+        if record.superseded_by is None and record.kind != "generation":
+            self._reaction.closed(time.monotonic_ns())
+            self._last_recovery_ns = record.recovered_after_ns
+        self._news.append(("closed", record))
 
     def _act_generation(self, record: Record) -> None:
-        self._log("notice", f"this guest is a copy: generation {record.generation_before} -> {record.generation_after}")
-        self._hooks.run("generation", record.fields())
+        self._count_seen(record)
+        self._news.append(("generation", record))
 
     def _act_warning(self, word: str | None) -> None:
-        if word is None:
-            self._log("info", "the announced disruption is off, or over")
-            return
-        span = "an hour" if word == "imminent" else "a day"
-        self._log("notice", f"the hypervisor announces a disruption of the clock within about {span}")
-        self._hooks.run(word, self.status())
+        self._news.append(("warning", word))
 
     def _count_withheld(self, cause: str) -> None:
         self._withheld[cause] = self._withheld.get(cause, 0) + 1
+
+    def _count_seen(self, record: Record) -> None:
+        self._seen_by_kind[record.kind] += 1
 
     # ---- 2. Tell -------------------------------------------------------------------------------------
 
     def _tell(self) -> None:
         policy = self._policy
-        self._supervisor.tick(time.monotonic_ns(), policy.state)
+        now_ns = time.monotonic_ns()
+        self._supervisor.tick(now_ns, policy.state)
+        if self._reaction.hurries(now_ns):
+            return  # disks and hooks may be slow
+        self._tell_news()
+        self._hooks.reap()
+        self._metrics.tick(now_ns, policy.state, self.status)
         # Reasons may contain figures that change all the time: a change of state is worth a line, and so is
         # another reason for having no clock.
         reason = policy.reason if policy.state in ("waiting", "unknown", "unsynchronised") else ""
@@ -226,13 +238,47 @@ class Service:
             if client.watching:
                 client.answer(self.status())
 
+    def _tell_news(self) -> None:
+        for verb, subject in self._news:
+            getattr(self, f"_tell_{verb}")(subject)
+        self._news.clear()
+
+    def _tell_react(self, record: Record) -> None:
+        self._journal.write(record)
+        self._log("warning", _describe_disruption(record))
+        self._hooks.run("disrupted", record.fields())
+
+    def _tell_closed(self, record: Record) -> None:
+        self._journal.write(record)
+        self._save_last_seen()
+        if record.superseded_by is not None:
+            self._log("warning", f"{record.kind} {record.id} is superseded by {record.superseded_by}")
+        elif record.kind != "generation":
+            after_ms = (record.recovered_after_ns or 0) / 1e6
+            self._log("notice", f"recovered from {record.kind} {record.id} after {after_ms:.1f} ms")
+            self._hooks.run("recovered", record.fields())
+
+    def _tell_generation(self, record: Record) -> None:
+        self._log("notice", f"this guest is a copy: generation {record.generation_before} -> {record.generation_after}")
+        self._hooks.run("generation", record.fields())
+
+    def _tell_warning(self, word: str | None) -> None:
+        if word is None:
+            self._log("info", "the announced disruption is off, or over")
+            return
+        span = "an hour" if word == "imminent" else "a day"
+        self._log("notice", f"the hypervisor announces a disruption of the clock within about {span}")
+        self._hooks.run(word, self.status())
+
     def _save_last_seen(self) -> None:
-        if self._policy.marker is not None:
+        """Not while a disruption is open: a daemon that starts again must begin anew with it."""
+        if self._policy.marker is not None and self._policy.open_record is None:
             self._last_seen.save(self._policy.marker, self._policy.generation)
 
     def status(self) -> dict[str, Any]:
-        """The contract's status."""
+        """The contract's status, and what else people and their monitoring want to know."""
         policy = self._policy
+        sample = self._last_sample if policy.offset_ns is not None else None
         return {
             "state": policy.state,
             "reason": policy.reason,
@@ -242,15 +288,21 @@ class Service:
             "clock_status": policy.clock_status,
             "offset_ns": policy.offset_ns,
             "maxerror_ns": policy.maxerror_ns,
+            "esterror_ns": sample.esterror_ns if sample is not None else None,
+            "uncertainty_ns": sample.uncertainty_ns if sample is not None else None,
+            "max_error_ns": self._settings.max_error,
             "disruption_marker": policy.marker,
             "generation": policy.generation,
             "disruptions": policy.disruptions,
+            "disruptions_by_kind": self._seen_by_kind,
             "last_disruption": policy.last.fields() if policy.last is not None else None,
+            "last_recovery_ns": self._last_recovery_ns,
             "samples": self._samples,
             "withheld": self._withheld,
             "sinks": [sink.status() for sink in self._sinks],
             "chronyd": self._reaction.chronyd_status(),
             "warning": policy.warning,
+            "uptime_ns": time.monotonic_ns() - self._started_ns,
         }
 
     # ---- 3. Wait -------------------------------------------------------------------------------------
@@ -259,7 +311,8 @@ class Service:
         deadlines = [self._next_sample_ns if self._page is not None else self._next_open_ns]
         if limit_ns is not None:
             deadlines.append(started_ns + limit_ns)
-        deadlines += [due_ns for due_ns in (self._reaction.due_ns(), self._supervisor.due_ns()) if due_ns is not None]
+        others = (self._reaction.due_ns(), self._supervisor.due_ns(), self._metrics.due_ns())
+        deadlines += [due_ns for due_ns in others if due_ns is not None]
         return min(deadlines)
 
     def _wait(self, deadline_ns: int, wakeup: int) -> list[int]:
@@ -267,7 +320,8 @@ class Service:
         fds += [(fd, client.events) for fd, client in self._server.clients.items()]
         fds += [(fd, POLLIN) for fd in self._reaction.filenos()]
         if self._page is not None:
-            return list(self._page.wait(deadline_ns, self._settings.watch, fds)[1])
+            self._changed, ready = self._page.wait(deadline_ns, self._settings.watch, fds)
+            return ready
         poller = poll()
         for fd, events in fds:
             poller.register(fd, events)
@@ -288,8 +342,6 @@ class Service:
                 self._serve(client)
         for action in self._reaction.hear(ready, now_ns):
             self._act(action)
-        if self._policy.uncorrected:
-            self._next_sample_ns = now_ns  # an answer may be what the reaction waits for
 
     def _serve(self, client: Client) -> None:
         client.flush()
@@ -309,8 +361,11 @@ class Service:
         client.watching = True
         client.answer(self.status())
 
+    def _answer_metrics(self, client: Client) -> None:
+        client.answer(render(self.status()))
+
     def _answer_history(self, client: Client) -> None:
-        client.answer([record for _, record in sorted(self._journal.records.items())])
+        client.answer(self._journal.records())
 
     def _answer_drill(self, client: Client) -> None:
         if client.user not in (0, os.geteuid()):
@@ -384,10 +439,11 @@ class Service:
             for sink in self._sinks:
                 sink.close()
             self._sinks = sinks
-        self._settings = settings
+        self._settings = self._reaction.settings = settings
         self._log.level = settings.log_level
         self._hooks.commands = settings.hook
         self._sample_log.reopen(settings.log_samples)
+        self._metrics.reopen(settings.metrics)
         self._log("info", "settings and files are loaded anew")
 
 

@@ -60,33 +60,68 @@ def as_text(page: Page) -> str:
 _TOLD_IN_WORDS = ("time_type_name", "clock_status_name", "leap_name", "flag_names")
 
 
-def status_text(status: dict[str, Any]) -> str:
-    """The daemon's status for a person to read."""
-    lines = [("state", status["state"] + (f": {status['reason']}" if status["reason"] else ""))]
-    lines.append(("device", f"{status['device']} ({status['kind'] or 'not read yet'})"))
-    if status["clock_status"] is not None:
-        lines.append(("hypervisor", f"{status['clock_status']}, marker {status['disruption_marker']}"))
+def status_text(status: dict[str, Any], colour: bool = False) -> str:
+    """The daemon's status for a person to read; ``colour`` is for a terminal."""
+
+    def paint(text: str, kind: str) -> str:
+        return f"\033[{_PAINT[kind]}m{text}\033[0m" if colour else text
+
+    def trouble(text: str) -> str:
+        return paint(text, "bad")
+
+    state = paint(status["state"], severity(status))
+    lines = [("state", f"{state}: {status['reason']}" if status["reason"] else state)]
     if status["offset_ns"] is not None:
         bound = status["maxerror_ns"]
-        lines.append(
-            (
-                "offset",
-                f"{seconds(status['offset_ns'], sign=True)}, bound {'none' if bound is None else seconds(bound)}",
-            )
-        )
+        offset = f"{seconds(status['offset_ns'], sign=True)}, bound {'none' if bound is None else seconds(bound)}"
+        lines.append(("offset", offset))
+    page = {None: "not read yet", "time": "gives time", "signal": "tells of disruptions only"}[status["kind"]]
+    lines.append(("page", f"{status['device']} {page}"))
+    if status["clock_status"] is not None:
+        generation = "" if status["generation"] is None else f", generation {status['generation']}"
+        lines.append(("hypervisor", f"{status['clock_status']}, marker {status['disruption_marker']}{generation}"))
     if status["warning"]:
-        lines.append(("warning", f"a disruption is announced: {status['warning']}"))
-    for sink in status["sinks"]:
-        health = "good" if sink["ok"] else sink["error"] or "nothing sent yet"
-        lines.append((sink["type"], f"{sink['name']}: {sink['sent']} sent, {sink['dropped']} dropped; {health}"))
+        lines.append(("warning", paint(warning_text(status["warning"]), "doubtful")))
     if status["chronyd"] is not None:
-        lines.append(("chronyd", "answers" if status["chronyd"]["ok"] else status["chronyd"]["error"]))
+        said, kind = chronyd_text(status["chronyd"])
+        lines.append(("chronyd", paint(said, kind)))
+    width = max((len(sink["name"]) for sink in status["sinks"]), default=0)
+    for sink in status["sinks"]:
+        health = paint("good", "good") if sink["ok"] else "nothing sent yet"
+        dropped = f", {sink['dropped']} dropped" if sink["dropped"] else ""
+        error = trouble(sink["error"]) if sink["error"] is not None else health
+        lines.append((sink["type"], f"{sink['name']:<{width}}  {sink['sent']} sent{dropped}; {error}"))
     withheld = ", ".join(f"{count} {cause}" for cause, count in sorted(status["withheld"].items()))
     lines.append(("samples", f"{status['samples']} fed" + (f"; withheld: {withheld}" if withheld else "")))
-    lines.append(("disruptions", f"{status['disruptions']} since the start"))
+    lines.append(("disruptions", f"{status['disruptions']} in the {duration(status['uptime_ns'])} since the start"))
     if status["last_disruption"]:
         lines.append(("last", record_text(status["last_disruption"])))
-    return "\n".join(f"{name:<12} {text}" for name, text in lines)
+    return "\n".join(f"{paint(f'{name:<12}', 'label')} {text}" for name, text in lines)
+
+
+#: Select graphic rendition, ECMA-48.
+_PAINT = {"good": "32", "doubtful": "33", "bad": "31", "label": "2"}
+
+
+def severity(status: dict[str, Any]) -> str:
+    """``good``, ``doubtful`` or ``bad``: what the state means to one who relies on the clock."""
+    if status["state"] in ("adjusting", "holdover"):
+        return "doubtful"
+    return "good" if status["good"] else "bad"
+
+
+def chronyd_text(chronyd: dict[str, Any]) -> tuple[str, str]:
+    """What is to be said of chronyd, and how good that is."""
+    if not chronyd["ok"]:
+        return chronyd["error"] or "does not answer", "bad"
+    if chronyd["normal"] is None:
+        return "not asked yet", "doubtful"
+    return ("follows a source", "good") if chronyd["normal"] else ("is not synchronised", "bad")
+
+
+def warning_text(word: str) -> str:
+    """The announcement of a disruption."""
+    return f"the hypervisor announces a disruption within about {'an hour' if word == 'imminent' else 'a day'}"
 
 
 def record_text(record: dict[str, Any]) -> str:
@@ -116,6 +151,17 @@ def seconds(ns: int, sign: bool = False) -> str:
 
 
 _UNITS = ((1, "ns"), (1_000, "us"), (1_000_000, "ms"))
+
+
+def duration(ns: int) -> str:
+    """A long time, in the two units that suit it."""
+    left = ns // 1_000_000_000
+    counts = []
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        counts.append((left // length, unit))
+        left %= length
+    first = next((place for place, (count, _) in enumerate(counts) if count), 3)
+    return " ".join(f"{count} {unit}" for count, unit in counts[first : first + 2] if count) or "0 s"
 
 
 def _stamp(ns: int) -> str:

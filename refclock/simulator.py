@@ -41,6 +41,11 @@ LONGEST_BASELINE_NS = 60 * NSEC_PER_SEC
 #: A system clock this far from where its rate says was stepped: the comparison starts over.
 STEPPED_NS = 20_000
 
+#: What true time may be told to be: the page's fields hold it in any case.
+MOST_OFFSET_S = 1e9
+MOST_FREQUENCY_PPM = 1e5
+LONGEST_STALL_S = 3600
+
 
 class CounterRate:
     """The counter's period against the system clock, over an ever longer baseline, until the clock steps."""
@@ -104,12 +109,20 @@ class Simulation:
             )
         self._tells_time = not no_time
         self._rate = CounterRate()
-        self._set_truth(round(offset_s * NSEC_PER_SEC), frequency_ppm)
-        self._writer = _new_page(path, self._encode())
+        self._set_truth(offset_s, frequency_ppm)
+        try:
+            raw = self._encode()
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        self._writer = _new_page(path, raw)
 
-    def _set_truth(self, offset_ns: int | None, frequency_ppm: float | None) -> None:
+    def _set_truth(self, offset_s: float | None, frequency_ppm: float | None) -> None:
+        if offset_s is not None and not abs(offset_s) <= MOST_OFFSET_S:
+            raise UsageError(f"offset {offset_s:g}: seconds, at most {MOST_OFFSET_S:g} either way")
+        if frequency_ppm is not None and not abs(frequency_ppm) <= MOST_FREQUENCY_PPM:
+            raise UsageError(f"frequency {frequency_ppm:g}: ppm, at most {MOST_FREQUENCY_PPM:g} either way")
         _, system_ns = self._rate.pair()
-        self._offset_ns = self._offset_at(system_ns) if offset_ns is None else offset_ns
+        self._offset_ns = self._offset_at(system_ns) if offset_s is None else round(offset_s * NSEC_PER_SEC)
         if frequency_ppm is not None:
             self._frequency_ppm = frequency_ppm
         self._since_ns = system_ns
@@ -149,7 +162,7 @@ class Simulation:
         self, offset_s: float | None = None, frequency_ppm: float | None = None, generation: bool = False
     ) -> None:
         """A new marker; in the same update, true time set as given."""
-        self._set_truth(None if offset_s is None else round(offset_s * NSEC_PER_SEC), frequency_ppm)
+        self._set_truth(offset_s, frequency_ppm)
         self._count("disruption_marker")
         if generation:
             self._count("vm_generation_counter")
@@ -254,7 +267,10 @@ class Commands:
         self._set("flags", flags)
 
     def _do_stall(self, seconds: str) -> None:
-        self.stalled_until = time.monotonic() + float(seconds)
+        number = float(seconds)
+        if not 0 <= number <= LONGEST_STALL_S:
+            raise ValueError(f"stall {seconds}: seconds, from 0 to {LONGEST_STALL_S}")
+        self.stalled_until = time.monotonic() + number
         self._simulation.begin_stall()
 
     def _do_quit(self) -> None:
@@ -265,9 +281,9 @@ class Commands:
         self._simulation.fields[field] = value
         try:
             self._simulation.publish()
-        except Exception as error:
+        except ValueError:
             self._simulation.fields[field] = before
-            raise ValueError(f"{value} does not fit {field}") from error
+            raise
 
 
 def number_of(name: str, names: tuple[str, ...], what: str) -> int:

@@ -53,9 +53,7 @@ class Sink:
         if error is not None:
             self._log("warning", f"{self.type} {self.name}: {error}")
         else:
-            self._log(
-                "info", f"{self.type} {self.name}: {'samples arrive' if self._said == '' else 'samples arrive again'}"
-            )
+            self._log("info", f"{self.type} {self.name}: samples arrive{' again' if self.sent else ''}")
         self._said = error
 
     def status(self) -> dict[str, object]:

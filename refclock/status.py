@@ -69,9 +69,14 @@ class Client:
         try:
             self._unsent = self._unsent[self._connection.send(self._unsent) :]
         except BlockingIOError:
-            self.closing |= len(self._unsent) > MOST_UNSENT
+            if len(self._unsent) > MOST_UNSENT:
+                self._give_up()
         except OSError:
-            self.closing = True
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._unsent = b""
+        self.closing = True
 
     @property
     def done(self) -> bool:
@@ -192,10 +197,23 @@ def answers(path: str, request: str, timeout_s: float | None) -> Iterator[Any]:
                 error, f"no daemon on {path}", cure if error.errno in (ENOENT, ECONNREFUSED) else ""
             ) from None
         with connection.makefile("rb") as lines:
-            for line in lines:
-                answer = json.loads(line)
-                if isinstance(answer, dict) and set(answer) == {"refused"}:
-                    kind = NotPermitted if "permission" in answer["refused"] else RefclockError
-                    raise kind(answer["refused"])
-                yield answer
+            try:
+                for line in lines:
+                    yield _understood(line, request, path)
+            except ConnectionError:
+                pass
     raise Unavailable(f"the daemon on {path} ended")
+
+
+def _understood(line: bytes, request: str, path: str) -> Any:
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        answer = None
+    if isinstance(answer, dict) and set(answer) == {"refused"}:
+        kind = NotPermitted if "permission" in str(answer["refused"]) else RefclockError
+        raise kind(str(answer["refused"]))
+    expected = {"history": list, "metrics": str}.get(request, dict)
+    if not isinstance(answer, expected) or (expected is dict and not {"state", "good"} <= answer.keys()):
+        raise Unavailable(f"what answers on {path} is not this program's daemon; name its socket with --status")
+    return answer

@@ -57,7 +57,7 @@ class Kernel:
         cdef timex state
         state.modes = 0
         _adjust(&state)
-        return state.tick / 10000 + state.freq / 65536e6
+        return state.tick / 10000.0 + state.freq / 65536e6
 
     def is_unsynchronised(self):
         """Whether STA_UNSYNC is set."""
@@ -111,8 +111,11 @@ class SystemClock:
         return False
 
     def rate(self):
-        """:meth:`Kernel.rate`."""
-        return self._kernel.rate()
+        """:meth:`Kernel.rate`, or None where a sandbox keeps the kernel from saying it."""
+        try:
+            return self._kernel.rate()
+        except OSError:
+            return None
 
     def is_unsynchronised(self):
         """:meth:`Kernel.is_unsynchronised`."""

@@ -23,7 +23,6 @@ class Hooks:
 
     def run(self, event: str, fields: dict[str, object]) -> None:
         """Starts each hook with the fields as JSON on its standard input and VMCLOCK_EVENT in its environment."""
-        self._reap()
         if not self.commands:
             return
         document = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
@@ -33,7 +32,8 @@ class Hooks:
             except OSError as error:
                 self._log("warning", f"hook {command[0]}: {error.strerror}")
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
+        """Takes note of those that have ended."""
         for pid, name in list(self._running.items()):
             try:
                 ended, status = os.waitpid(pid, os.WNOHANG)
@@ -46,7 +46,7 @@ class Hooks:
 
     def close(self) -> None:
         """Hooks that still run are left to it: they are the user's."""
-        self._reap()
+        self.reap()
 
 
 def _spawn(command: list[str], event: str, document: bytes) -> int:
@@ -83,7 +83,7 @@ class Supervisor:
         self._state = ""
 
     def ready(self) -> None:
-        self._send("READY=1")
+        self._send("READY=1", 0)
 
     def stopping(self) -> None:
         self._send("STOPPING=1")
@@ -103,11 +103,11 @@ class Supervisor:
         """When the next pulse is due, or None."""
         return self._due_ns if self._pulse_ns is not None else None
 
-    def _send(self, text: str) -> None:
+    def _send(self, text: str, flags: int = socket.MSG_DONTWAIT) -> None:
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
             try:
-                notify.sendto(text.encode(), self._address)
+                notify.sendto(text.encode(), flags, self._address)
             except OSError:
                 pass  # a manager that does not listen will act on its own time limit
