@@ -73,7 +73,7 @@ class Timescale:
 def why_no_time(page: Snapshot, counter_id: int) -> str | None:
     """Why ``page`` cannot give UTC on a machine whose counter is ``counter_id``; None when it can."""
     if page.counter_id == COUNTER_NONE:
-        return "the page has no counter: it tells of disruptions only"
+        return "the page has no counter"
     if page.counter_id != counter_id:
         return f"the page is for counter {page.counter_id}, this machine has counter {counter_id}"
     if page.time_frac_sec is None:
