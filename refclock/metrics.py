@@ -1,8 +1,8 @@
 """The daemon's status as metrics: in base units, under names that begin with ``vmclock_``.
 
 The text is of the kind that every reader takes: Prometheus, node_exporter's textfile collector and promtool, as
-well as readers of OpenMetrics.  Between the two formats it comes down to this (tried with promtool 2.42 and
-node_exporter 1.5):
+well as readers of OpenMetrics.  Between the two formats it comes down to this (tried with promtool 2.42, 2.53, 3.5
+and node_exporter 1.5, 1.9, 1.11):
 
 - ``# EOF`` and ``# UNIT`` are OpenMetrics'; to the others they are comments.
 - A counter's family is named with its ``_total``, as in Prometheus' format and in OpenMetrics 2.0.  OpenMetrics 1.0

@@ -1,7 +1,7 @@
 """`monitor`: the daemon's status as a live view for a terminal, with a plot of the offset and its bound.
 
 Needs rich and plotext (the extra ``monitor``).  Nothing here is part of the daemon: it asks over the status socket,
-a few times a second.
+twice a second.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     #: Time in seconds, value in nanoseconds (None: not known), severity.
     Point = tuple[float, int | None, str]
 
-INTERVAL_S = 0.25
+INTERVAL_S = 0.5
 #: How long an answer of the daemon may take.
 PATIENCE_S = 2.0
 LEAST_PLOT_LINES = 5
@@ -91,7 +91,7 @@ class View:
             self.span_s = SPANS[min(max(place + (1 if key == "-" else -1), 0), len(SPANS) - 1)]
         elif key == "b":
             self.with_bound = not self.with_bound
-        return key not in "qQ\x1b"
+        return key not in "qQ"
 
 
 def _last(status: dict[str, Any] | None) -> tuple[int | None, int | None]:
@@ -253,7 +253,7 @@ def plot(view: View, now_s: float, width: int, height: int) -> Text:
     figure.plot_size(width, height)
     figure.theme("colorless")  # the others paint the terminal's background over
     figure.axes(False, side=1)
-    marks = ticks(low, high, max(2, height // 3))
+    marks = ticks(low, high, max(3, height // 3))
     figure.ruler("y").lim(low, high).ticks(marks, [f"{mark:g} {unit}" for mark in marks])
     times = [-view.span_s * part / 4 for part in range(4, -1, -1)]
     figure.ruler("x").lim(-view.span_s, 0).ticks(times, [_ago(at) for at in times])
@@ -331,7 +331,7 @@ def monitor(path: str, once: bool) -> int:
     _look(view, path, patient=False)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     console = Console(highlight=False)
-    if once or not console.is_terminal:
+    if once or not sys.stdout.isatty():
         width, height = console.size
         console.print(frame(view, time.monotonic(), width, height))
         return EX_OK

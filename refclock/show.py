@@ -66,9 +66,6 @@ def status_text(status: dict[str, Any], colour: bool = False) -> str:
     def paint(text: str, kind: str) -> str:
         return f"\033[{_PAINT[kind]}m{text}\033[0m" if colour else text
 
-    def trouble(text: str) -> str:
-        return paint(text, "bad")
-
     state = paint(status["state"], severity(status))
     lines = [("state", f"{state}: {status['reason']}" if status["reason"] else state)]
     if status["offset_ns"] is not None:
@@ -88,9 +85,10 @@ def status_text(status: dict[str, Any], colour: bool = False) -> str:
     width = max((len(sink["name"]) for sink in status["sinks"]), default=0)
     for sink in status["sinks"]:
         health = paint("good", "good") if sink["ok"] else "nothing sent yet"
+        if sink["error"] is not None:
+            health = paint(sink["error"], "bad")
         dropped = f", {sink['dropped']} dropped" if sink["dropped"] else ""
-        error = trouble(sink["error"]) if sink["error"] is not None else health
-        lines.append((sink["type"], f"{sink['name']:<{width}}  {sink['sent']} sent{dropped}; {error}"))
+        lines.append((sink["type"], f"{sink['name']:<{width}}  {sink['sent']} sent{dropped}; {health}"))
     withheld = ", ".join(f"{count} {cause}" for cause, count in sorted(status["withheld"].items()))
     lines.append(("samples", f"{status['samples']} fed" + (f"; withheld: {withheld}" if withheld else "")))
     lines.append(("disruptions", f"{status['disruptions']} in the {duration(status['uptime_ns'])} since the start"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 from errno import EADDRINUSE, ECONNREFUSED, ENOENT
 
 from .errors import NotPermitted, RefclockError, Unavailable, UsageError, from_os
@@ -140,7 +141,7 @@ def _listen(path: str) -> socket.socket:
         try:
             listener.bind(path)
         except OSError as error:
-            if error.errno != EADDRINUSE:
+            if error.errno != EADDRINUSE or not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise
             if _answers(path):
                 raise Unavailable(
