@@ -492,7 +492,7 @@ cdef class Page:
         self._scale = None
         self._withheld = None
         if no_time is not None:
-            self._withheld = "signal", no_time
+            self._withheld = "signal", f"{no_time}: it tells of disruptions only"
             return 0
         self._scale = timescale(snapshot)
         if snapshot.status not in (SYNCHRONIZED, FREERUNNING):
