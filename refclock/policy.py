@@ -24,6 +24,7 @@ NSEC_PER_SEC = 1_000_000_000
 #: Time outside these years is no time: 2020-01-01 to 2200-01-01.
 EARLIEST_NS = 1_577_836_800 * NSEC_PER_SEC
 LATEST_NS = 7_258_118_400 * NSEC_PER_SEC
+YEAR_NS = 31_556_952 * NSEC_PER_SEC
 
 #: A pair less certain than this was disturbed while it was taken; the next one will be better.
 MOST_UNCERTAINTY_NS = 10_000
@@ -211,7 +212,7 @@ class Policy:
         actions = self._compare(now_ns, system_ns, look.snapshot) if updated else []
         if self.kind == "signal" and not self._may_get_time_back(now_ns):
             self.offset_ns = self.maxerror_ns = None
-            self._judge("watching", "")
+            self._judge("watching", "" if self._chronyd_is_normal else "chronyd is not known to be synchronised")
             actions += self._stop_feeding()
         elif sample is None or cause:
             actions += self._without(now_ns, cause, reason)
@@ -247,8 +248,13 @@ class Policy:
     def good(self) -> bool:
         """Whether an application may rely on the clock: what `wait` waits for."""
         if self.state == "watching":
-            return self.chronyd_normal is True or not self._has_chronyd
+            return self._chronyd_is_normal
         return self.state in ("synchronised", "holdover")
+
+    @property
+    def _chronyd_is_normal(self) -> bool:
+        """What a page without time has to go by.  Where there is to be no chronyd, nobody can say more."""
+        return self.chronyd_normal is True or not self._has_chronyd
 
     @property
     def open_record(self) -> Record | None:
@@ -329,12 +335,12 @@ class Policy:
         if self._implausible is not None:
             return "implausible", self._implausible
         if not EARLIEST_NS <= sample.reference_ns < LATEST_NS:
-            return "implausible", f"the page's time is {sample.reference_ns / NSEC_PER_SEC:.0f} s since 1970"
+            return "implausible", f"the page's time is in the year {1970 + sample.reference_ns // YEAR_NS}"
         if sample.uncertainty_ns > MOST_UNCERTAINTY_NS:
-            return "uncertain", f"the pair is certain to {sample.uncertainty_ns} ns only"
+            return "uncertain", f"the pair is not certain to {MOST_UNCERTAINTY_NS} ns: it was disturbed"
         bound_ns = sample.maxerror_ns
         if bound_ns is not None and bound_ns > self._max_error_ns:
-            return "bound", f"the page's bound is {bound_ns / 1e9:.6f} s, --max-error is {self._max_error_ns / 1e9:g} s"
+            return "bound", f"the page's bound is wider than --max-error, {self._max_error_ns / 1e9:g} s"
         if bound_ns is None and sample.clock_status == clock_status_name(FREERUNNING):
             return "bound", "the page is freerunning and gives no bound"
         return "", ""
@@ -389,7 +395,7 @@ class Policy:
         if record is None:
             return []
         if self._judged[0] == "watching":
-            over = self._by_fallback or self.chronyd_normal is True or not self._has_chronyd
+            over = self._by_fallback or self._chronyd_is_normal
         else:
             over = self._judged[0] in ("synchronised", "holdover") and self._fed and self.chronyd_normal is not False
         if not over:

@@ -5,6 +5,7 @@ The order is the point.  From the moment at which the policy asks for it:
     begin      chronyd drops what it knows and says that it is not synchronised; without one, the kernel says it
     step       the clock is set, by the first sample of the new calibration
     frequency  chronyd is told the new host's frequency, once its own correction has ended with the reset
+    rest       what the old frequency has made of the time since the step is taken out
     verify     some tens of milliseconds of samples show whether that was right, or measure what was not known
     settle     what is left of the offset is taken out; chronyd drops what it saw meanwhile; feeding begins again
     follow     chronyd is asked until it is synchronised again
@@ -41,8 +42,6 @@ LEARN_FIRST_NS = NSEC_PER_SEC
 LEARN_NS = 10 * NSEC_PER_SEC
 #: How long the reaction waits for chronyd's answer to one command before it goes on without.
 PATIENCE_NS = 100 * MSEC
-#: How long the kernel may take to run the clock at a new frequency: its longest tick.
-TICK_NS = 10 * MSEC
 #: The time between looks while the clock is being corrected, and while chronyd is to select us again.
 CORRECTING_NS = 1 * MSEC
 QUICK_NS = 10 * MSEC
@@ -125,6 +124,7 @@ class Reaction:
         self._stage = "step" if self._policy.corrects else "follow"
         self._stepped = False
         self._awaited = None
+        self._points.clear()
         self._quick_until_ns = now_ns + QUICK_FOR_NS
         self._rate.interrupt()
         record.note(now_ns, "invalidate", True)
@@ -161,7 +161,7 @@ class Reaction:
 
     def hurries(self, now_ns: int) -> bool:
         """Whether the clock is worked on at this moment: what can wait for milliseconds must."""
-        return now_ns < self._correcting_until_ns and self._stage != "verify"
+        return now_ns < self._correcting_until_ns and not self._points
 
     def interval_ns(self, now_ns: int) -> int:
         """The time to the next look that the reaction wants."""
@@ -258,7 +258,13 @@ class Reaction:
         elif not self._is_device:
             record.note(now_ns, "dfreq", False, "the period before is not known: the frequency is left to chronyd")
         self._points.clear()
-        return "verify" if self._is_device else "settle"
+        return "rest" if self._is_device else "settle"
+
+    def _do_rest(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
+        """What the old frequency has made of the time since the step is not left to stand while it is verified."""
+        if self._awaited is not None and self._awaited is not self._reset and self._awaited.ok:
+            self._step_rest(record, sample, now_ns)
+        return "verify"
 
     def _do_verify(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
         if self._awaited is None or not self._awaited.ok:
@@ -282,8 +288,7 @@ class Reaction:
         return "settle"
 
     def _do_settle(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
-        if self._stepped and abs(sample.offset_ns) > sample.uncertainty_ns:
-            self._step(record, sample.offset_ns, sample.system_ns, sample.uncertainty_ns, now_ns, rest=True)
+        self._step_rest(record, sample, now_ns)
         self._reset_sources(record, now_ns)
         self._bursting = False
         self._correcting_until_ns = 0
@@ -296,6 +301,10 @@ class Reaction:
         return "follow"
 
     # ---- The system clock --------------------------------------------------------------------------------
+
+    def _step_rest(self, record: Record, sample: Sample, now_ns: int) -> None:
+        if self._stepped and abs(sample.offset_ns) > sample.uncertainty_ns:
+            self._step(record, sample.offset_ns, sample.system_ns, sample.uncertainty_ns, now_ns, rest=True)
 
     def _step(
         self, record: Record, offset_ns: int, system_ns: int, bound_ns: int, now_ns: int, rest: bool = False
@@ -368,14 +377,14 @@ class Reaction:
             self._awaited = self._command(record, "dfreq", dfreq(-ppm), now_ns)
 
     def _waits_for_chronyd(self, now_ns: int) -> bool:
-        """Whether the next stage must wait for an answer, or for the kernel to do what it was told by chronyd."""
+        """Whether the next stage must wait for an answer.
+
+        What chronyd then has told the kernel is in force: a frequency that is set is applied at once (Linux 4.19).
+        """
         awaited = self._awaited
         if awaited is None:
             return False
-        if awaited.ok is None:
-            return awaited.delivered and now_ns - awaited.sent_ns < PATIENCE_NS
-        changes_frequency = self._is_device and awaited.ok and awaited is not self._reset
-        return changes_frequency and now_ns - (awaited.finished_ns or 0) < TICK_NS
+        return awaited.ok is None and awaited.delivered and now_ns - awaited.sent_ns < PATIENCE_NS
 
     def _may_ask(self) -> bool:
         """A tracking that overtakes a reset would speak of the samples from before it."""

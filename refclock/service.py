@@ -57,7 +57,7 @@ class Service:
         self._next_sample_ns = 0
         self._next_open_ns = 0
         self._next_identity_ns = 0
-        self._told = ("", "")
+        self._told = ("", "", False)
         self._news: list[Action] = []
         self._server = Server(settings.status)
         self._journal = Journal(str(settings.journal), log)
@@ -117,8 +117,7 @@ class Service:
     def _look_and_act(self, now_ns: int) -> None:
         if self._page is None and now_ns >= self._next_open_ns:
             self._open(now_ns)
-        due = self._changed or self._reaction.hurries(now_ns) or now_ns >= self._next_sample_ns
-        if self._page is not None and due:
+        if self._page is not None and (self._changed or now_ns >= self._next_sample_ns):
             for action in self._look(self._page, now_ns):
                 self._act(action)
             self._next_sample_ns = now_ns + self._reaction.interval_ns(now_ns)
@@ -228,10 +227,11 @@ class Service:
         self._metrics.tick(now_ns, policy.state, self.status)
         # Reasons may contain figures that change all the time: a change of state is worth a line, and so is
         # another reason for having no clock.
-        reason = policy.reason if policy.state in ("waiting", "unknown", "unsynchronised") else ""
-        if (policy.state, reason) == self._told:
+        reason = policy.reason if policy.state in ("waiting", "unknown", "unsynchronised", "watching") else ""
+        told = (policy.state, reason, policy.good)
+        if told == self._told:
             return
-        self._told = (policy.state, reason)
+        self._told = told
         self._log("info", _describe_state(policy))
         self._save_last_seen()
         for client in self._server.clients.values():
@@ -340,6 +340,8 @@ class Service:
             client = self._server.clients.get(fd)
             if client is not None:
                 self._serve(client)
+        if any(fd in ready for fd in self._reaction.filenos()):
+            self._next_sample_ns = now_ns  # what chronyd answers, or a clock that was set, may call for a sample
         for action in self._reaction.hear(ready, now_ns):
             self._act(action)
 
@@ -428,6 +430,7 @@ class Service:
                 "fallback",
                 "on_disruption",
                 "max_error",
+                "exit_after",
             )
             if getattr(settings, name) != getattr(self._settings, name)
         ]

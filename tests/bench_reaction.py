@@ -105,7 +105,10 @@ def main() -> None:
     build = consumers.find("chronyd", None)
     print(build)
     for poll, watch_s, number in ((-4, "0.01", count), (-4, "0.0005", count), (0, "0.01", count // 10)):
-        with tempfile.TemporaryDirectory(prefix="vmclock-") as name, stage(Path(name), build, poll, watch=watch_s) as on:
+        with (
+            tempfile.TemporaryDirectory(prefix="vmclock-") as name,
+            stage(Path(name), build, poll, watch=watch_s) as on,
+        ):
             unsynchronised, normal = reactions(on, number)
         print(describe(f"poll {poll}, --watch {watch_s}: marker to leap 3", unsynchronised))
         print(describe(f"poll {poll}, --watch {watch_s}: marker to leap 0 again", normal), flush=True)

@@ -107,7 +107,7 @@ def nobody() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _ending(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
-    """Programs that end with the test; where it failed, their logs are shown."""
+    """Programs that end with the test; where it failed, their logs are shown. None may have said a traceback."""
     programs: list[Any] = []
     try:
         yield programs
@@ -116,6 +116,8 @@ def _ending(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
             program.close()
             if getattr(request.node, "failed", False):
                 request.node.add_report_section("teardown", f"log of {program.name}", program.log()[-4000:])
+    for program in programs:
+        assert "Traceback" not in program.log(), program.log()
 
 
 @pytest.hookimpl(wrapper=True)

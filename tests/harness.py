@@ -312,6 +312,16 @@ class RunningDaemon(Program):
         records: list[dict[str, Any]] = self.ask("history")
         return records
 
+    def wait_history(self, count: int = 1) -> list[dict[str, Any]]:
+        """Waits until the journal has so many records, all of them closed; the records."""
+
+        def look() -> list[dict[str, Any]]:
+            records = self.history()
+            closed = [one for one in records if one["recovered_after_ns"] is not None or one.get("superseded_by")]
+            return records if len(closed) >= count else []
+
+        return wait_until(look, what=f"{count} closed records")
+
     def rss_kib(self) -> int:
         """Its resident memory."""
         status = Path(f"/proc/{self.pid}/status").read_text()

@@ -395,6 +395,20 @@ def test_the_counters_period_is_right() -> None:
     assert abs(measured * (later - counter) / (later_ns - system_ns) - 1) < 1e-3
 
 
+def test_the_counters_period_is_right_on_a_busy_machine() -> None:
+    """A CPU that is taken away in the middle of a measurement does not spoil it: a daemon measures but once."""
+    busy = [
+        subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))
+    ]
+    try:
+        measured = sorted(counter_period_ns() for _ in range(300))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert measured[-1] / measured[0] - 1 < 0.01, (measured[0], measured[250], measured[-1])
+
+
 def test_pairs_lie_on_one_line() -> None:
     """Any two pairs agree to their uncertainty, with the period from a baseline a hundred times as long."""
     period_ns = counter_period_ns(200_000_000)
@@ -408,7 +422,7 @@ def test_pairs_lie_on_one_line() -> None:
 
 def test_the_uncertainty_is_small() -> None:
     period_ns = counter_period_ns()
-    widths = sorted(pair(8, period_ns)[2] for _ in range(500))
+    widths = sorted(pair(8, period_ns)[2] for _ in range(300))
     print(f"uncertainty of a pair: median {widths[250]} ns, least {widths[0]} ns")
     assert widths[250] < 1_000
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from refclock import model
 from refclock.model import DISRUPTION_IMMINENT, DISRUPTION_SOON, VM_GEN_COUNTER_PRESENT, Snapshot
@@ -168,14 +168,14 @@ SITUATIONS: dict[str, Callable[[World], object]] = {
     "fresh": lambda world: None,
     "waiting": lambda world: (world.sample(), world.lost()),
     "unknown": unknown,
-    "unsynchronised": unsynchronised,
+    "unsynced": unsynchronised,
     "adjusting": lambda world: world.sample(FAR_NS),
     "holdover": lambda world: world.sample(clock_status="freerunning"),
-    "synchronised": lambda world: world.sample(),
+    "synced": lambda world: world.sample(),
     "watching": lambda world: world.nothing("signal"),
     "pending": pending,
-    "following": following,
-    "no-status": lambda world: (world.sample(), EVENTS["marker+status"](world)),
+    "follows": following,
+    "blank": lambda world: (world.sample(), EVENTS["marker+status"](world)),
     "gone": lambda world: (pending(world), world.lost()),
     "signal": lambda world: (world.nothing("signal"), EVENTS["marker+signal"](world)),
 }
@@ -185,14 +185,14 @@ IN_STATE = {
     "fresh": "waiting",
     "waiting": "waiting",
     "unknown": "unknown",
-    "unsynchronised": "unsynchronised",
+    "unsynced": "unsynchronised",
     "adjusting": "adjusting",
     "holdover": "holdover",
-    "synchronised": "synchronised",
+    "synced": "synchronised",
     "watching": "watching",
     "pending": "disrupted",
-    "following": "disrupted",
-    "no-status": "disrupted",
+    "follows": "disrupted",
+    "blank": "disrupted",
     "gone": "waiting",
     "signal": "disrupted",
 }
@@ -201,29 +201,29 @@ IN_STATE = {
 #: W waiting, ? unknown, D disrupted, U unsynchronised, A adjusting, H holdover, S synchronised, V watching;
 #: f feed, w withhold, i invalidate, r react, c correct, x closed, g generation.
 TABLE = """
-                fresh waiting unknown unsynchronised adjusting holdover synchronised watching pending following no-status gone  signal
-good            S:f   S:f     S:f     S:f            S:f       S:f      S:f          S:f      D:c     D:f       D:c       D:c   D:c
-freerunning     H:f   H:f     H:f     H:f            H:f       H:f      H:f          H:f      D:c     D:f       D:c       D:c   D:c
-far-off         A:f   A:f     A:f     A:f            A:f       A:f      A:f          A:f      D:c     D:f       D:c       D:c   D:c
-wide            U:w   U:w     U:w     U:w            U:iw      U:iw     U:iw         U:w      D:w     D:iw      D:w       D:w   D:w
-boundless       U:w   U:w     U:w     U:w            U:iw      U:iw     U:iw         U:w      D:w     D:iw      D:w       D:w   D:w
-odd-year        U:w   U:w     U:w     U:w            U:iw      U:iw     U:iw         U:w      D:w     D:iw      D:w       D:w   D:w
-uncertain       ?:w   ?:w     ?:w     ?:w            A:w       H:w      S:w          ?:w      D:w     D:w       D:w       D:w   D:w
-leap            ?:w   ?:w     ?:w     ?:w            A:w       H:w      S:w          ?:w      D:w     D:w       D:w       D:w   D:w
-status          U:w   U:w     U:w     U:w            U:iw      U:iw     U:iw         U:w      D:w     D:iw      D:w       D:w   D:w
-signal          V:    U:w     U:w     U:w            U:iw      U:iw     U:iw         V:       D:w     D:iw      D:w       D:w   D:
-signal-10s      V:    V:w     V:w     V:w            V:iw      V:iw     V:iw         V:       D:w     D:iw      D:w       D:w   D:
-stalled         ?:w   ?:w     U:w     U:w            U:iw      U:iw     U:iw         U:w      D:w     D:iw      D:w       D:w   D:w
-lost            W:    W:      W:      W:             W:i       W:i      W:i          W:       W:      W:i       W:        W:    W:
-marker          S:f   D:irc   D:irc   D:irc          D:irc     D:irc    D:irc        D:irc    D:irxc  D:irxc    D:irxc    D:irxc D:irxc
-marker+status   U:w   D:irw   D:irw   D:irw          D:irw     D:irw    D:irw        D:irw    D:irxw  D:irxw    D:irxw    D:irxw D:irxw
-marker+signal   V:    D:irw   D:irw   D:irw          D:irw     D:irw    D:irw        D:ir     D:irxw  D:irxw    D:irxw    D:irxw D:irx
-marker+leap     ?:w   D:irw   D:irw   D:irw          D:irw     D:irw    D:irw        D:irw    D:irxw  D:irxw    D:irxw    D:irxw D:irxw
-generation      S:f   S:gxf   S:gxf   S:gxf          S:gxf     S:gxf    S:gxf        S:gxf    D:gxc   D:gxf     D:gxc     D:gxc D:gxc
-normal          W:    W:      ?:      U:             A:        H:       S:           V:       D:      S:x       D:        W:    V:x
-not-normal      W:    W:      ?:      U:             A:        H:       S:           V:       D:      D:        D:        W:    D:
-no-answer       W:    W:      ?:      U:             A:        H:       S:           V:       D:      S:x       D:        W:    D:
-drill           W:ir  W:ir    D:ir    D:ir           D:ir      D:ir     D:ir         D:ir     D:irx   D:irx     D:irx     W:irx D:irx
+              fresh waiting unknown unsynced adjusting holdover synced watching pending follows blank  gone   signal
+good          S:f   S:f     S:f     S:f      S:f       S:f      S:f    S:f      D:c     D:f     D:c    D:c    D:c
+freerunning   H:f   H:f     H:f     H:f      H:f       H:f      H:f    H:f      D:c     D:f     D:c    D:c    D:c
+far-off       A:f   A:f     A:f     A:f      A:f       A:f      A:f    A:f      D:c     D:f     D:c    D:c    D:c
+wide          U:w   U:w     U:w     U:w      U:iw      U:iw     U:iw   U:w      D:w     D:iw    D:w    D:w    D:w
+boundless     U:w   U:w     U:w     U:w      U:iw      U:iw     U:iw   U:w      D:w     D:iw    D:w    D:w    D:w
+odd-year      U:w   U:w     U:w     U:w      U:iw      U:iw     U:iw   U:w      D:w     D:iw    D:w    D:w    D:w
+uncertain     ?:w   ?:w     ?:w     ?:w      A:w       H:w      S:w    ?:w      D:w     D:w     D:w    D:w    D:w
+leap          ?:w   ?:w     ?:w     ?:w      A:w       H:w      S:w    ?:w      D:w     D:w     D:w    D:w    D:w
+status        U:w   U:w     U:w     U:w      U:iw      U:iw     U:iw   U:w      D:w     D:iw    D:w    D:w    D:w
+signal        V:    U:w     U:w     U:w      U:iw      U:iw     U:iw   V:       D:w     D:iw    D:w    D:w    D:
+signal-10s    V:    V:w     V:w     V:w      V:iw      V:iw     V:iw   V:       D:w     D:iw    D:w    D:w    D:
+stalled       ?:w   ?:w     U:w     U:w      U:iw      U:iw     U:iw   U:w      D:w     D:iw    D:w    D:w    D:w
+lost          W:    W:      W:      W:       W:i       W:i      W:i    W:       W:      W:i     W:     W:     W:
+marker        S:f   D:irc   D:irc   D:irc    D:irc     D:irc    D:irc  D:irc    D:irxc  D:irxc  D:irxc D:irxc D:irxc
+marker+status U:w   D:irw   D:irw   D:irw    D:irw     D:irw    D:irw  D:irw    D:irxw  D:irxw  D:irxw D:irxw D:irxw
+marker+signal V:    D:irw   D:irw   D:irw    D:irw     D:irw    D:irw  D:ir     D:irxw  D:irxw  D:irxw D:irxw D:irx
+marker+leap   ?:w   D:irw   D:irw   D:irw    D:irw     D:irw    D:irw  D:irw    D:irxw  D:irxw  D:irxw D:irxw D:irxw
+generation    S:f   S:gxf   S:gxf   S:gxf    S:gxf     S:gxf    S:gxf  S:gxf    D:gxc   D:gxf   D:gxc  D:gxc  D:gxc
+normal        W:    W:      ?:      U:       A:        H:       S:     V:       D:      S:x     D:     W:     V:x
+not-normal    W:    W:      ?:      U:       A:        H:       S:     V:       D:      D:      D:     W:     D:
+no-answer     W:    W:      ?:      U:       A:        H:       S:     V:       D:      S:x     D:     W:     D:
+drill         W:ir  W:ir    D:ir    D:ir     D:ir      D:ir     D:ir   D:ir     D:irx   D:irx   D:irx  W:irx  D:irx
 """
 
 LETTERS = {
@@ -273,7 +273,10 @@ def test_cell(situation: str, event: str) -> None:
     SITUATIONS[situation](world)
     assert world.policy.state == IN_STATE[situation]
     actions = EVENTS[event](world)
-    got = world.policy.state, [verb for number, verb in enumerate(verbs(actions)) if event != "signal-10s" or number < 2]
+    got = (
+        world.policy.state,
+        [verb for number, verb in enumerate(verbs(actions)) if event != "signal-10s" or number < 2],
+    )
     assert got == cells()[situation, event]
 
 
@@ -289,9 +292,9 @@ def test_what_holds_in_every_cell(situation: str, event: str) -> None:
     if "react" in verbs(actions):
         assert verbs(actions)[:2] == ["invalidate", "react"], "nothing comes before these two"
         assert before is None or before.superseded_by == policy.open_record.id  # type: ignore[union-attr]
-    assert policy.good == (policy.state in ("synchronised", "holdover", "watching") and policy.chronyd_normal is True) or (
-        policy.state in ("synchronised", "holdover")
-    )
+    assert policy.good == (
+        policy.state in ("synchronised", "holdover", "watching") and policy.chronyd_normal is True
+    ) or (policy.state in ("synchronised", "holdover"))
     if policy.good:
         assert policy.open_record is None
     if policy.open_record is not None:
@@ -540,7 +543,10 @@ def test_how_good_is_good(offset_ns: int, maxerror_ns: int | None, state: str) -
     assert world.policy.state == state
 
 
-@pytest.mark.parametrize(("factor", "state"), [(1.0, "synchronised"), (0.85, "synchronised"), (0.75, "unsynchronised"), (1.3, "unsynchronised")])
+@pytest.mark.parametrize(
+    ("factor", "state"),
+    [(1.0, "synchronised"), (0.85, "synchronised"), (0.75, "unsynchronised"), (1.3, "unsynchronised")],
+)
 def test_a_period_that_is_not_the_counters(factor: float, state: str) -> None:
     period_ns = (1 << 36) * 1e9 * 2.0**-64
     world = World(counter_period_ns=period_ns * factor)
@@ -560,13 +566,35 @@ def test_a_year_that_cannot_be(reference_ns: int) -> None:
         assert world.policy.last.detected_at_ns == reference_ns - 1000, "the system clock's time, if no better"
 
 
+def test_a_reason_that_lasts_is_one_reason() -> None:
+    """It is logged when it changes: no figure in it may."""
+    bad = World()
+    for event in (
+        lambda number: bad.sample(maxerror_ns=MAX_ERROR_NS + number),
+        lambda number: bad.sample(uncertainty_ns=MOST_UNCERTAINTY_NS + number),
+        lambda number: bad.sample(reference_ns=number * 60 * SEC),
+    ):
+        reasons = set()
+        for number in range(1, 5):
+            event(number)
+            reasons.add(bad.policy.reason)
+        assert len(reasons) == 1 and reasons != {""}
+
+
+def test_why_a_page_without_time_is_not_good() -> None:
+    world = World()
+    world.nothing("signal")
+    assert world.policy.reason == "chronyd is not known to be synchronised"
+    world.chronyd(True)
+    world.nothing("signal")
+    assert world.policy.reason == ""
+
+
 # ---- Random histories --------------------------------------------------------------------------------------
 
 
 class History(RuleBasedStateMachine):
     """A page, a chronyd and a reaction that do anything at any time."""
-
-    records = Bundle("records")
 
     @initialize(
         corrects=st.booleans(),
@@ -689,7 +717,7 @@ class History(RuleBasedStateMachine):
 
     def change(self, disrupts: bool, copies: bool) -> None:
         world = self.world
-        marker, generation = self.seen
+        marker, _ = self.seen
         if disrupts:
             world.disrupt()
         if copies:

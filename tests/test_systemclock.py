@@ -1,4 +1,4 @@
-"""refclock.systemclock: what it refuses, on a fake kernel, and what it asks of the real one, where nothing gets through.
+"""refclock.systemclock: what it refuses, on a fake kernel, and what it asks of one where nothing gets through.
 
 The real class Kernel runs in a process whose clock_adjtime is ours and which has lost the right to set the clock.
 """
@@ -132,7 +132,13 @@ def test_the_right_is_known_beforehand(bolted: bool, expected: str) -> None:
     program = "from refclock.systemclock import SystemClock; print(SystemClock(object()).may_set())"
     options = {"preexec_fn": never_set_the_clock} if bolted else {}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True, timeout=20, **options
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+        **options,
     )
     assert done.stdout.strip() == expected
 
@@ -178,7 +184,9 @@ def ask(native: Callable[..., Path], tmp_path: Path) -> Callable[..., tuple[str,
     return run
 
 
-@pytest.mark.parametrize("offset_ns", [0, 1, -1, SEC - 1, SEC, -SEC, -SEC + 1, -SEC - 1, 20 * SEC + 5, -20 * SEC - 5, -(1 << 62)])
+@pytest.mark.parametrize(
+    "offset_ns", [0, 1, -1, SEC - 1, SEC, -SEC, -SEC + 1, -SEC - 1, 20 * SEC + 5, -20 * SEC - 5, -(1 << 62)]
+)
 def test_the_kernel_gets_the_exact_offset(ask: Callable[..., tuple[str, list[list[int]]]], offset_ns: int) -> None:
     _, asked = ask(f"kernel.step({offset_ns})")
     [(clock, modes, seconds, nanoseconds, *_)] = asked
@@ -202,7 +210,12 @@ def test_a_kernel_that_forgets_the_flag(ask: Callable[..., tuple[str, list[list[
 
 @pytest.mark.parametrize(
     ("tick", "freq", "rate"),
-    [(10000, 0, 1.0), (10000, 65536 * 100, 1 + 100e-6), (10000, -65536 * 250, 1 - 250e-6), (9990, 6554, 0.999 + 0.1e-6)],
+    [
+        (10000, 0, 1.0),
+        (10000, 65536 * 100, 1 + 100e-6),
+        (10000, -65536 * 250, 1 - 250e-6),
+        (9990, 6554, 0.999 + 0.1e-6),
+    ],
 )
 def test_the_rate(ask: Callable[..., tuple[str, list[list[int]]]], tick: int, freq: int, rate: float) -> None:
     answer, asked = ask("kernel.rate()", tick=tick, freq=freq)
@@ -214,7 +227,9 @@ def test_a_kernel_that_refuses(ask: Callable[..., tuple[str, list[list[int]]]]) 
     for call in (f"clock.step(True, {SEC}, {NOW_NS}, 0)", "clock.flag_unsynchronised(True)"):
         answer, _ = ask(call, errno=errno.EPERM)
         assert answer.startswith(f"NotPermitted {errno.EPERM} cannot") and "CAP_SYS_TIME" in answer
-    assert ask(f"clock.step(True, {SEC}, {NOW_NS}, 0)", errno=errno.EINVAL)[0].startswith(f"RefclockError {errno.EINVAL}")
+    assert ask(f"clock.step(True, {SEC}, {NOW_NS}, 0)", errno=errno.EINVAL)[0].startswith(
+        f"RefclockError {errno.EINVAL}"
+    )
     assert ask("clock.rate()", errno=errno.EPERM, mute=1)[0] == "None"
 
 
@@ -232,7 +247,12 @@ def test_nothing_else_can_set_the_clock() -> None:
         path.name
         for path in [*package.glob("*.py"), *package.glob("*.pyx"), *package.glob("*.h")]
         for word in words
-        if word in path.read_text() and not all(word in line and line.lstrip().startswith(("#", '"')) for line in path.read_text().splitlines() if word in line)
+        if word in path.read_text()
+        and not all(
+            word in line and line.lstrip().startswith(("#", '"'))
+            for line in path.read_text().splitlines()
+            if word in line
+        )
     }
     assert found <= {"systemclock.pyx"}
 

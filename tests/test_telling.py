@@ -104,7 +104,10 @@ def test_how_hooks_end_is_said_and_leaves_no_zombie(tmp_path: Path, log: Log) ->
         return len(log.lines) == 2
 
     wait_until(both)
-    assert sorted(text.split("/")[-1] for _, text in log.lines) == ["bad ended with status 7", "killed ended with status -9"]
+    assert sorted(text.split("/")[-1] for _, text in log.lines) == [
+        "bad ended with status 7",
+        "killed ended with status -9",
+    ]
     wait_for_all(hooks)
 
 

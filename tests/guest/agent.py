@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,13 +114,23 @@ def write(request: dict, content: bytes) -> tuple[dict, bytes]:
     return {}, b""
 
 
+def ask(request: dict, _content: bytes) -> tuple[dict, bytes]:
+    """One line to a program's Unix socket, and the line that it answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(request["timeout_s"])
+        connection.connect(request["path"])
+        connection.sendall(request["line"].encode() + b"\n")
+        with connection.makefile("rb") as answers:
+            return {}, answers.readline()
+
+
 def clock(_request: dict, _content: bytes) -> tuple[dict, bytes]:
     """The guest's counter and CLOCK_REALTIME at the same moment."""
     value, system_ns = counter.pair(1)
     return {"counter": value, "system_ns": system_ns}, b""
 
 
-VERBS = {verb.__name__: verb for verb in (run, start, wait, kill, read, write, clock)}
+VERBS = {verb.__name__: verb for verb in (run, start, wait, kill, read, write, ask, clock)}
 
 
 def main() -> None:

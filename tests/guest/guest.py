@@ -164,6 +164,10 @@ class Guest:
         result, _ = self._ask(verb="start", command=command, output=output, environment=environment)
         return Background(self, result["pid"], output)
 
+    def ask(self, path: str, line: str, timeout_s: float = 10.0) -> bytes:
+        """The line that a program answers on its Unix socket. GuestError while there is none."""
+        return self._ask(timeout_s + AGENT_TIMEOUT_S, verb="ask", path=path, line=line, timeout_s=timeout_s)[1]
+
     def read(self, path: str, offset: int = 0, length: int = -1) -> bytes:
         return self._ask(verb="read", path=path, offset=offset, length=length)[1]
 

@@ -26,6 +26,17 @@ class MachineError(Exception):
     """QEMU ended, did not answer in time, or refused a command."""
 
 
+def _hasten() -> None:
+    """Ahead of whatever else this machine does, where that is allowed: it is a clock that is measured.
+
+    Not in real time: QEMU's threads would then starve its own timers.
+    """
+    with contextlib.suppress(OSError):
+        os.nice(-10)
+        # With automatic groups a process's niceness counts among those of its session only.
+        Path("/proc/self/autogroup").write_text("-10")
+
+
 class Machine:
     """Starts QEMU and holds its two connections: QMP, and the virtio-serial port on which the guest's agent speaks.
 
@@ -48,7 +59,12 @@ class Machine:
             ]
             with open(directory / "qemu.log", "ab") as log:
                 self.process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=_hasten,
                 )
             self._lines = None
             self.agent: socket.socket | None = None

@@ -21,13 +21,14 @@ TAI_MINUS_UTC_NS = 37 * NANOSECONDS
 
 
 class Sample(NamedTuple):
-    """One look at the guest's clock.
+    """One look at the guest's clock; `utc_ns` is true time, `offset_ns` true time less the clock's.
 
     `uncertainty_ns` is half the bracket, or 1 where the PTP clock names the counter value. `leap`, `stratum` and
     `root_dispersion_s` are of chronyd's last answer; leap is 255 before the first.
     """
 
     counter: int
+    utc_ns: int
     offset_ns: int
     uncertainty_ns: int
     sequence: int
@@ -73,8 +74,10 @@ class Truth:
                 if pair_counter <= exact <= pair_counter + pair_width:
                     counter, system_ns, uncertainty_ns = exact, pair_system_ns, 1
                     break
-        offset_ns = line.ns(counter) - system_ns
-        return Sample(counter, offset_ns, uncertainty_ns, sequence, leap, stratum, root_dispersion / 65536)
+        utc_ns = line.ns(counter)
+        return Sample(
+            counter, utc_ns, utc_ns - system_ns, uncertainty_ns, sequence, leap, stratum, root_dispersion / 65536
+        )
 
 
 class Reaction(NamedTuple):
