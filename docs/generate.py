@@ -1,5 +1,5 @@
-"""Writes what comes from the program's own tables: options in the manual pages, the README and the example
-configuration, commands in the manual page.
+"""Writes what comes from the program's own tables: the options in manual pages and README, the
+commands in a manual page.
 
     python docs/generate.py            # writes
     python docs/generate.py --check    # ends with 1, and names the files, where something is not up to date
@@ -115,7 +115,7 @@ def command(parser: ArgumentParser, name: str, help: str) -> Iterator[str]:
         yield from paragraph(parser.epilog)
 
 
-# ---- README and example --------------------------------------------------------------------------------------
+# ---- README --------------------------------------------------------------------------------------
 
 
 def table() -> Iterator[str]:
@@ -127,39 +127,12 @@ def table() -> Iterator[str]:
         yield " | ".join(["| " + name.replace("|", "\\|"), default, allowed(option), option.help + " |"])
 
 
-def example() -> Iterator[str]:
-    for option in options.OPTIONS:
-        yield ""
-        yield f"# {sentence(option.help)}"
-        yield f"# Allowed: {allowed(option)}."
-        if option.name == "sock":
-            yield 'sock = ["/run/chrony.vmclock.sock"]'
-        elif option.repeatable:
-            yield f'#{option.name} = ["{EXAMPLES[option.name]}"]'
-        elif option.default is None:
-            yield f"#{option.name} = {EXAMPLES[option.name]}"
-        else:
-            quote = "" if in_toml(option) == "number" else '"'
-            yield f"#{option.name} = {quote}{option.default}{quote}"
-
-
-EXAMPLES = {
-    "shm": "2:perm=0640",
-    "journal": '"/var/lib/vmclock-refclock/journal.jsonl"',
-    "metrics": '"/var/lib/prometheus/node-exporter/vmclock.prom"',
-    "log-samples": '"/var/log/vmclock-refclock/samples.csv"',
-    "hook": "/usr/local/bin/after-restore --reseed",
-    "exit-after": "3600",
-}
-
-
 # ---- Files ---------------------------------------------------------------------------------------------------
 
 PARTS: tuple[tuple[str, str, str, Callable[[], Iterator[str]]], ...] = (
     ("docs/man/vmclock-refclock.1", '.\\" commands', '.\\" /commands', commands),
     ("docs/man/vmclock-refclock.8", '.\\" options', '.\\" /options', options_of_run),
     ("docs/man/vmclock-refclock.toml.5", '.\\" options', '.\\" /options', keys),
-    ("packaging/vmclock-refclock.toml", "# options", "# /options", example),
     ("README.md", "<!-- options -->", "<!-- /options -->", table),
 )
 

@@ -19,7 +19,7 @@ tree=$work/vmclock-refclock-$version
 
 mkdir "$tree"
 tar -c --exclude=__pycache__ --exclude='*.so' --exclude='refclock/*.c' \
-	LICENSE MANIFEST.in README.md docs examples packaging pyproject.toml refclock setup.py shm | tar -x -C "$tree"
+	[A-Z]*[A-Za-z] docs examples packaging pyproject.toml refclock setup.py shm | tar -x -C "$tree"
 tar -C "$work" -czf "$work/vmclock-refclock_$version.orig.tar.gz" "vmclock-refclock-$version"
 cp -r packaging/debian "$tree/debian"
 changelog=$(dpkg-parsechangelog -l "$tree/debian/changelog" -S Version)

@@ -78,21 +78,20 @@ def refclock_line(system: System) -> Finding | None:
     if system.ours:
         return good(f"chronyd has its line: {system.ours[0].where}")
     line = suggested_line(system) or f"refclock SOCK {SOCK_PATH} refid VMCK poll -4 filter 1"
-    socks = [clock for clock in system.refclocks if clock.driver == "SOCK"]
     fed = system.fed("sock")
-    if socks and fed:
+    # Not another feeder's, such as gpsd's.
+    meant = next((clock for clock in system.refclocks if clock.driver == "SOCK" and "VMCK" in clock.text), None)
+    if meant is not None:
+        writes = f"the daemon writes to {fed[0]}" if fed else "the daemon has no sock"
         return problem(
-            f"chronyd listens on {socks[0].path} ({socks[0].where}), the daemon writes to {fed[0]}",
-            f'the same path in both: sock = ["{socks[0].path}"] in the daemon\'s configuration',
+            f"chronyd listens on {meant.path} ({meant.where}), {writes}",
+            f'the same path in both: sock = ["{meant.path}"] in the daemon\'s configuration',
         )
     if system.fed("shm") and not fed:
         return problem(
             f"the daemon writes to shared memory {', '.join(system.fed('shm'))}, chronyd has no line for it",
             f'better sock = ["{SOCK_PATH}"] in the daemon\'s configuration and `{line}` in {system.chrony_conf}',
         )
-    if socks:
-        cure = f'sock = ["{socks[0].path}"] in the daemon\'s configuration'
-        return problem(f"chronyd listens on {socks[0].path} ({socks[0].where}), the daemon has no sock", cure)
     return problem(f"no refclock line in {system.chrony_conf}", f"add `{line}` and restart chronyd")
 
 
@@ -229,7 +228,7 @@ def panic(system: System) -> Finding | None:
 
 
 def _allows_panic(option: str) -> bool:
-    return option == "--panicgate" or (option.startswith("-") and not option.startswith("--") and "g" in option)
+    return option == "--panicgate" or (option[:1] == "-" and option[1:].isalpha() and "g" in option)
 
 
 def local_reference(system: System) -> Finding | None:
@@ -255,7 +254,6 @@ SMEARING = (
     "time4.facebook.com",
     "time5.facebook.com",
     "time.aws.com",
-    "amazon.pool.ntp.org",
     "169.254.169.123",
     "fd00:ec2::123",
     "metadata.google.internal",
@@ -385,7 +383,7 @@ def suggested_line(system: System) -> str | None:
     sample = system.sample
     if sample is None or (sample.maxerror_ns or 0) > system.settings.max_error:
         return None
-    paths = system.fed("sock") or [clock.path for clock in system.refclocks if clock.driver == "SOCK"] or [SOCK_PATH]
+    paths = system.fed("sock") or [SOCK_PATH]
     precision_s = _round_up(max(sample.uncertainty_ns, 1) / NSEC_PER_SEC)
     options = f"poll {_poll(system)} filter 1 precision {_text(precision_s)} delay {_text(_delay_s(system))} prefer"
     return f"refclock SOCK {paths[0]} refid VMCK {options}"

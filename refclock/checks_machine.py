@@ -47,6 +47,8 @@ def device(system: System) -> Finding | None:
     path, release = system.settings.device, system.release
     if system.exists(path):
         return good(f"{path} is there")
+    if not path.startswith("/dev/"):
+        return problem(f"{path} is not there", f"`vmclock-refclock simulate {path}` makes one; or name the device")
     offered = system.glob("/sys/bus/acpi/devices/AMZNC10C:*") or _in_device_tree(system)
     if not offered:
         return problem(
@@ -288,7 +290,8 @@ def disciplines(system: System) -> Finding | None:
     """One program disciplines the clock, not two."""
     running = [name for name in DISCIPLINES if name in system.programs]
     if "chronyd" in system.programs:
-        fighting = running
+        # Beside chronyd ClockBound leaves the clock alone.
+        fighting = [name for name in running if name != "clockbound"]
     else:
         # Without chronyd one consumer of ours is as it should be.
         keeper = next((name for name in CONSUMERS if name in running), None)
@@ -345,7 +348,7 @@ def selinux(system: System) -> Finding | None:
             "SELinux is enforcing and chronyd's answers do not arrive",
             "`semodule -i vmclock-refclock.cil` (packaging/selinux); `ausearch -m avc -ts recent` shows the denial",
         )
-    return good("SELinux is enforcing, and nothing of ours is refused")
+    return good("SELinux is enforcing, and chronyd is not kept from answering")
 
 
 # ---- The daemon ----------------------------------------------------------------------------------------------

@@ -41,10 +41,10 @@ class Client:
 
     @property
     def events(self) -> int:
-        """What to poll() for."""
+        """What to poll() for.  An end that was seen is not looked for again: it would be there every time."""
         import select
 
-        return select.POLLIN | (select.POLLOUT if self._unsent else 0)
+        return (0 if self.closing else select.POLLIN) | (select.POLLOUT if self._unsent else 0)
 
     def requests(self) -> list[str]:
         """The lines that have arrived.  An end of the connection sets ``closing``."""

@@ -503,6 +503,10 @@ def test_check_without_a_daemon(short_path: Path) -> None:
     assert done.stdout.startswith("VMCLOCK UNKNOWN")
 
 
+def test_demo_without_a_chronyd(short_path: Path) -> None:
+    assert "install it" in fails(69, "demo", "--chronyd-binary", short_path / "none")
+
+
 # ---- A daemon that is not well ------------------------------------------------------------------------------
 
 

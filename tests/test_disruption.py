@@ -10,6 +10,7 @@ import socket
 import statistics
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from tests.bench_reaction import describe, reactions, stage
 from tests.consumers import feeders
 from tests.consumers.chronyd import Chronyd
 from tests.harness import (
+    ROOT,
     SOCK_LAYOUT,
     Datagram,
     RunningDaemon,
@@ -864,3 +866,16 @@ def test_sixty_in_a_row(short_path: Path, daemon: Start, chronyd: Chronyd) -> No
 @pytest.mark.timeout(900)
 def test_a_thousand_in_a_row(short_path: Path, daemon: Start, chronyd: Chronyd) -> None:
     storm(short_path, daemon, chronyd, 1000, unknown_s=2.0, stall_s=0.5, growth_kib=4000)
+
+
+# ---- Would these tests notice? -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_mutations_are_noticed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.mutate"], cwd=ROOT, capture_output=True, text=True, timeout=1750, check=False
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -279,6 +279,13 @@ BROKEN = (
     Broken("hypervisor without", hypervisor_without, "device", "the hypervisor offers no vmclock", "-device vmclock"),
     Broken("module not loaded", module_not_loaded, "device", "the module ptp_vmclock is not loaded", "modprobe"),
     Broken("kernel too old", kernel_too_old, "device", "6.1.0-37-amd64 is too old", "6.13 or later"),
+    Broken(
+        "simulation gone",
+        lambda machine: machine.set(device="/run/page"),
+        "device",
+        "/run/page is not there",
+        "vmclock-refclock simulate /run/page",
+    ),
     Broken("kernel without the module", absent, "device", "built without the module", "linux-modules-extra"),
     Broken("driver refused the page", driver_refused, "device", "has refused", "dmesg"),
     Broken(
@@ -382,6 +389,17 @@ BROKEN = (
     Broken("timesyncd", running_program("systemd-timesyn"), "disciplines", "systemd-timesyn", "systemd-timesyncd"),
     Broken("ntpd beside chronyd", running_program("ntpd"), "disciplines", "beside chronyd", "disable --now ntpsec"),
     Broken("phc2sys", running_program("phc2sys"), "disciplines", "phc2sys disciplines", "disable --now phc2sys"),
+    Broken(
+        "ClockBound in chronyd's place",
+        lambda machine: (
+            machine.set(chronyd="none"),
+            machine.write("/proc/100/comm", "cron\n"),
+            machine.write("/proc/200/comm", "clockbound\n"),
+        ),
+        "disciplines",
+        "clockbound disciplines the clock and knows nothing of this daemon",
+        "disable --now clockbound",
+    ),
     Broken("VMware Tools", running_program("vmtoolsd"), "guest-agents", "vmtoolsd", "timesync disable", NOTE),
     Broken(
         "Hyper-V",
@@ -422,6 +440,27 @@ BROKEN = (
         "no refclock line in /etc/chrony/chrony.conf",
         f"add `refclock SOCK {SOCK} refid VMCK poll -4",
         also=frozenset({"chronyd-follows"}),
+    ),
+    Broken(
+        "only another feeder's line",
+        lambda machine: machine.write(
+            "/etc/chrony/conf.d/vmclock.conf", "refclock SOCK /run/chrony.ttyS0.sock refid GPS\n"
+        ),
+        "refclock-line",
+        "no refclock line in /etc/chrony/chrony.conf",
+        f"add `refclock SOCK {SOCK} refid VMCK poll -4",
+        also=frozenset({"chronyd-follows"}),
+    ),
+    Broken(
+        "the daemon has no sock",
+        lambda machine: (
+            machine.replace("/etc/vmclock-refclock.toml", f'sock = ["{SOCK}"]', ""),
+            machine.set(status="/run/nobody.sock"),
+        ),
+        "refclock-line",
+        f"chronyd listens on {SOCK} (/etc/chrony/conf.d/vmclock.conf:1), the daemon has no sock",
+        f'sock = ["{SOCK}"]',
+        also=frozenset({"daemon", "sinks", "chronyd-follows"}),
     ),
     Broken(
         "line with another path",

@@ -127,7 +127,7 @@ def test_the_installed_wheel_works(installed: Path, short_path: Path) -> None:
     page = write_page(short_path / "page", make_page())
     assert json.loads(done(command, "show", "--device", page, "--json"))["kind"] == "time"
     assert json.loads(done(installed / "python", "-I", "-m", "refclock", "sample", "--device", page, "--json"))
-    done(command, "validate", PACKAGING / "vmclock-refclock.toml")
+    done(command, "validate", ROOT / "examples/vmclock-refclock.toml")
     assert "vmclock-refclock" in done(command, "--help")
     with SockListener(short_path / "sock") as listener:
         paths = ["--state-dir", short_path / "state", "--status", short_path / "status.sock", "--config", "/dev/null"]
@@ -187,7 +187,7 @@ def test_debian_s_package_has_everything_in_its_place(scratch: Path) -> None:
     for unit in ("vmclock-refclock.service", "vmclock-refclock-wait.service"):
         assert (units / unit).read_bytes() == (PACKAGING / "systemd" / unit).read_bytes()
     for path, source in {
-        "etc/vmclock-refclock.toml": "vmclock-refclock.toml",
+        "etc/vmclock-refclock.toml": "../examples/vmclock-refclock.toml",
         "etc/chrony/conf.d/vmclock-refclock.conf": "chrony/vmclock-refclock.conf",
         "etc/apparmor.d/vmclock-refclock": "apparmor/vmclock-refclock",
         "usr/lib/udev/rules.d/60-vmclock.rules": "udev/60-vmclock.rules",

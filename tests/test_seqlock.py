@@ -194,7 +194,7 @@ def test_an_odd_sequence_is_given_up_within_150_ms(short_path: Path, access: str
         writer.begin_update()
         for take in (page.read, page.sample):
             fastest = float("inf")
-            for _ in range(3):
+            for _ in range(10):
                 began, busy = time.monotonic(), time.process_time()
                 with pytest.raises(PageStalled) as stalled:
                     take()
@@ -202,6 +202,8 @@ def test_an_odd_sequence_is_given_up_within_150_ms(short_path: Path, access: str
                 assert elapsed >= 0.1
                 assert busy < 0.05, "it must not burn the CPU that the writer needs"
                 fastest = min(fastest, elapsed)
+                if fastest < 0.15:
+                    break
             assert fastest < 0.15
             assert stalled.value.errno == 110
             assert "\n" not in str(stalled.value)

@@ -18,7 +18,7 @@ from refclock import options
 from refclock.errors import EX_CONFIG, EX_NOPERM, EX_UNAVAILABLE, EX_USAGE
 from refclock.finding import SOCK_PATH
 from tests import debs
-from tests.harness import ROOT, run
+from tests.harness import ROOT
 
 PACKAGING = ROOT / "packaging"
 SYSTEMD = PACKAGING / "systemd"
@@ -204,23 +204,38 @@ def test_the_group_that_the_rule_names_is_made(tmp_path: Path) -> None:
         assert made[1].stat().st_uid == 12345
 
 
-def test_the_shipped_configuration_is_valid() -> None:
-    done = run("validate", PACKAGING / "vmclock-refclock.toml")
-    assert done.returncode == 0, done.stderr
-    given = options.load(str(PACKAGING / "vmclock-refclock.toml"))
-    assert given == {"sock": [SOCK_PATH]}
-    # Every option is in it, and uncommented it is valid too.
-    text = (PACKAGING / "vmclock-refclock.toml").read_text()
-    keys = re.findall(r"^#?([a-z-]+) = ", text, re.MULTILINE)
-    assert keys == list(options.BY_NAME)
-
-
-def test_the_whole_shipped_configuration_is_valid(tmp_path: Path) -> None:
-    text = (PACKAGING / "vmclock-refclock.toml").read_text()
-    whole = tmp_path / "whole.toml"
-    whole.write_text(re.sub(r"^#([a-z-]+ = )", r"\1", text, flags=re.MULTILINE))
-    done = run("validate", whole)
-    assert done.returncode == 0, done.stderr
+def test_installed_without_a_package(tmp_path: Path) -> None:
+    """packaging/install.sh, into another root, for a command somewhere else."""
+    script = PACKAGING / "install.sh"
+    command = "/opt/vmclock-refclock/bin/vmclock-refclock"
+    said = subprocess.run(
+        [script, command],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+        env={**os.environ, "DESTDIR": str(tmp_path)},
+    ).stdout
+    assert f"refclock SOCK {SOCK_PATH}" in said  # no conf.d there: the line is for the user to add
+    for file in tmp_path.rglob("*"):
+        if file.is_file() and file.suffix != ".toml":
+            assert "/usr/bin/vmclock-refclock" not in file.read_text(), file
+    units = tmp_path / "etc/systemd/system"
+    assert f"ExecStart={command} run\n" in (units / "vmclock-refclock.service").read_text()
+    assert f"ExecStart={command} wait " in (units / "vmclock-refclock-wait.service").read_text()
+    drop_ins = {file.name for file in (tmp_path / "usr/share/vmclock-refclock/systemd").iterdir()}
+    assert drop_ins == {file.name for file in SYSTEMD.glob("*.conf")}
+    configuration = tmp_path / options.CONFIG_PATH.lstrip("/")
+    assert options.load(str(configuration)) == {"sock": [SOCK_PATH]}
+    configuration.write_text("# the user's own\n")
+    subprocess.run(
+        [script, command], capture_output=True, check=True, timeout=30, env={**os.environ, "DESTDIR": str(tmp_path)}
+    )
+    assert configuration.read_text() == "# the user's own\n"
+    refused = subprocess.run(
+        [script, "/root/venv/bin/vmclock-refclock"], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert refused.returncode == EX_USAGE and "/usr/local or /opt" in refused.stderr
 
 
 # ---- udev, AppArmor, SELinux ---------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ int main(int count, char **arguments)
 			.time_sec = edgy(),
 			.time_frac_sec = edgy(),
 		};
+		if (any() % 8 == 0) { /* half a nanosecond, or next to it */
+			page.time_frac_sec = (any() | 1) << 54;
+			page.counter_period_frac_sec = any() % 3;
+		}
 		uint64_t counter = any() % 2 ? page.counter_value + edgy() : page.counter_value - edgy();
 		uint64_t rate = edgy(), error_ns = edgy();
 		__int128 time = vmclock_time_ns(&page, counter), error = vmclock_error_ns(&page, counter, error_ns, rate);
