@@ -107,7 +107,7 @@ def wait_until(
 def environment() -> dict[str, str]:
     """For a subprocess that is to run the package under test, and nothing of this session's service manager."""
     kept = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")}
-    return kept | {"PYTHONPATH": str(PACKAGE_PARENT), "PYTHONUNBUFFERED": "1"}
+    return kept | {"PYTHONPATH": str(PACKAGE_PARENT)}
 
 
 def command(*arguments: str | Path) -> list[str]:

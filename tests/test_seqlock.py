@@ -171,6 +171,57 @@ def test_every_sample_is_of_one_update(fast_writer: Path, access: str) -> None:
     print(f"{access}: {samples} samples, {stalls} stalls")
 
 
+#: Each update has a new marker; the counter after it is put down for the marker.
+DATED = """
+import mmap, random, struct, sys
+from refclock.hypervisor import PageWriter
+from refclock.page import read_counter
+from tests.test_seqlock import MOST_DATED, variant
+
+writer = PageWriter(sys.argv[1])
+with open(sys.argv[2], "w+b") as file:
+    file.truncate(8 * MOST_DATED)
+    after = mmap.mmap(file.fileno(), 8 * MOST_DATED)
+page = bytearray(variant(0))
+pauses = [range(random.randrange(500)) for _ in range(997)]
+for number in range(1, MOST_DATED):
+    struct.pack_into("<Q", page, 0x10, number)
+    writer.publish(bytes(page))
+    struct.pack_into("<Q", after, 8 * number, read_counter())
+    if number == 1:
+        print("ready", flush=True)
+    for _ in pauses[number % 997]:
+        pass
+"""
+MOST_DATED = 1_000_000
+
+
+def test_a_sample_is_over_before_the_next_update(short_path: Path) -> None:
+    """Whoever sees an old marker has read the counter while that marker stood: no pair reaches past a disruption."""
+    path, dates = short_path / "page", short_path / "dates"
+    env = environment() | {"PYTHONPATH": f"{environment()['PYTHONPATH']}:{Path(__file__).parent.parent}"}
+    command = [sys.executable, "-c", DATED, str(path), str(dates)]
+    taken: dict[int, int] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            give_up = time.monotonic() + 60
+            with Page(path) as page:
+                while len(taken) < 300 and process.poll() is None:
+                    assert time.monotonic() < give_up
+                    with contextlib.suppress(PageStalled):
+                        sample = page.sample(readings=48)
+                        taken[sample.disruption_marker] = sample.counter
+        finally:
+            process.kill()
+            process.wait()
+    after = struct.unpack(f"<{MOST_DATED}Q", dates.read_bytes())
+    pairs = [(counter, after[marker + 1]) for marker, counter in taken.items() if after[marker + 1]]
+    assert len(pairs) > 200
+    assert all(counter < ended for counter, ended in pairs)
+
+
 def test_a_page_that_never_stands_still_is_given_up(fast_writer: Path) -> None:
     """64 readings take longer than any pause of the writer: either one was luckily long, or it is said in time."""
     with Page(fast_writer) as page:
