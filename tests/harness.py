@@ -105,8 +105,9 @@ def wait_until(
 
 
 def environment() -> dict[str, str]:
-    """For a subprocess that is to run the package under test, and nothing of this session's service manager."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")}
+    """For a subprocess that is to run the package under test as a user's shell would, without a service manager."""
+    unwanted = ("NOTIFY_SOCKET", "JOURNAL_STREAM", "PYTHONUNBUFFERED", "NO_COLOR")
+    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
     return kept | {"PYTHONPATH": str(PACKAGE_PARENT)}
 
 
