@@ -108,19 +108,17 @@ class Simulation:
                 time_maxerror_nanosec=maxerror_ns,
             )
         self._tells_time = not no_time
-        self._rate = CounterRate()
-        self._set_truth(offset_s, frequency_ppm)
+        _check_truth(offset_s, frequency_ppm)
         try:
-            raw = self._encode()
+            encode(self.fields)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        self._writer = _new_page(path, raw)
+        self._rate = CounterRate()
+        self._set_truth(offset_s, frequency_ppm)
+        self._writer = _new_page(path, self._encode())
 
     def _set_truth(self, offset_s: float | None, frequency_ppm: float | None) -> None:
-        if offset_s is not None and not abs(offset_s) <= MOST_OFFSET_S:
-            raise UsageError(f"offset {offset_s:g}: seconds, at most {MOST_OFFSET_S:g} either way")
-        if frequency_ppm is not None and not abs(frequency_ppm) <= MOST_FREQUENCY_PPM:
-            raise UsageError(f"frequency {frequency_ppm:g}: ppm, at most {MOST_FREQUENCY_PPM:g} either way")
+        _check_truth(offset_s, frequency_ppm)
         _, system_ns = self._rate.pair()
         self._offset_ns = self._offset_at(system_ns) if offset_s is None else round(offset_s * NSEC_PER_SEC)
         if frequency_ppm is not None:
@@ -183,6 +181,13 @@ class Simulation:
     def end_stall(self) -> None:
         """The update comes to its end after all."""
         self._writer.end_update()
+
+
+def _check_truth(offset_s: float | None, frequency_ppm: float | None) -> None:
+    if offset_s is not None and not abs(offset_s) <= MOST_OFFSET_S:
+        raise UsageError(f"offset {offset_s:g}: seconds, at most {MOST_OFFSET_S:g} either way")
+    if frequency_ppm is not None and not abs(frequency_ppm) <= MOST_FREQUENCY_PPM:
+        raise UsageError(f"frequency {frequency_ppm:g}: ppm, at most {MOST_FREQUENCY_PPM:g} either way")
 
 
 def _new_page(path: str, raw: bytes) -> PageWriter:

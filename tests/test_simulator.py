@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from refclock import model
+from refclock import cli, model
 from refclock.errors import PageStalled, SampleWithheld
 from refclock.model import Snapshot
 from refclock.page import LOCAL_COUNTER_ID, Page
@@ -454,9 +454,17 @@ def test_a_place_without_permission(short_path: Path, nobody: tuple[str, ...]) -
     ],
     ids=" ".join,
 )
-def test_options_that_make_no_sense(short_path: Path, options: tuple[str, ...]) -> None:
+def test_options_that_make_no_sense(
+    short_path: Path,
+    options: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("refclock.simulator.CounterRate", None)  # they are refused before anything is measured
     arguments = options if len(options) == 1 else (f"{options[0]}={options[1]}",)
-    assert refused(short_path / "page", *arguments)[0] == 64
+    assert cli.main(["simulate", str(short_path / "page"), *arguments]) == 64
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("vmclock-refclock: ") and printed.err.count("\n") == 1
     assert list(short_path.iterdir()) == []
 
 
