@@ -56,7 +56,7 @@ def best_offset_s(chronyd: Chronyd) -> float:
 
 
 def test_what_chronyd_makes_of_the_noise(simulate: Simulate, daemon: StartDaemon) -> None:
-    """The issue asks for 20 ns; a machine that runs other tests beside gets more room."""
+    """20 ns on an idle machine; one that runs other tests beside gets more room."""
     simulate("--offset", str(OFFSET_S))
     with Chronyd(build("chronyd", "trixie")) as chronyd:
         daemon(sock=chronyd.sock_path)
