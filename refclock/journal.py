@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 
+from .model import RECORD_KEYS
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -14,21 +16,6 @@ if TYPE_CHECKING:
 
 BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
 LAST_SEEN = "last-seen.json"
-
-#: What every record has.
-KEYS = {
-    "id",
-    "kind",
-    "marker_before",
-    "marker_after",
-    "generation_before",
-    "generation_after",
-    "detected_at_ns",
-    "offset_ns",
-    "frequency_ppm",
-    "actions",
-    "recovered_after_ns",
-}
 
 #: How many records are kept in memory.
 KEPT = 1000
@@ -128,7 +115,7 @@ def read(path: str) -> Iterable[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and record.keys() >= KEYS and isinstance(record["id"], int):
+            if isinstance(record, dict) and record.keys() >= set(RECORD_KEYS) and isinstance(record["id"], int):
                 yield record
 
 

@@ -208,3 +208,18 @@ STATES = (
     "synchronised",
     "watching",
 )
+
+#: What every record of the journal has; one that was superseded also says by which.
+RECORD_KEYS = (
+    "id",
+    "kind",
+    "marker_before",
+    "marker_after",
+    "generation_before",
+    "generation_after",
+    "detected_at_ns",
+    "offset_ns",
+    "frequency_ppm",
+    "actions",
+    "recovered_after_ns",
+)

@@ -13,7 +13,7 @@ and chronyd agrees.  A page without time is ``watching`` where one with time wou
 
 from __future__ import annotations
 
-from .model import FREERUNNING, Snapshot, clock_status_name
+from .model import FREERUNNING, RECORD_KEYS, Snapshot, clock_status_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,22 +92,7 @@ class Record:
 
     def fields(self) -> dict[str, object]:
         """The contract's keys."""
-        fields: dict[str, object] = {
-            name: getattr(self, name)
-            for name in (
-                "id",
-                "kind",
-                "marker_before",
-                "marker_after",
-                "generation_before",
-                "generation_after",
-                "detected_at_ns",
-                "offset_ns",
-                "frequency_ppm",
-                "actions",
-                "recovered_after_ns",
-            )
-        }
+        fields: dict[str, object] = {name: getattr(self, name) for name in RECORD_KEYS}
         if self.superseded_by is not None:
             fields["superseded_by"] = self.superseded_by
         return fields

@@ -45,7 +45,6 @@ class Service:
         self._reload = reload
         self._settings = settings
         self._page: Page | None = None
-        self._sinks: list[Sink] = []
         self._samples = 0
         self._withheld: dict[str, int] = {}
         self._seen_by_kind = {"disruption": 0, "generation": 0, "drill": 0}
@@ -66,8 +65,7 @@ class Service:
             max_error_ns=settings.max_error,
             has_chronyd=settings.chronyd is not None,
             remembered=self._last_seen.load(),
-            # One that was measured while the machine did something else is far off.
-            counter_period_ns=sorted(counter_period_ns() for _ in range(3))[1],
+            counter_period_ns=counter_period_ns(),
             next_id=self._journal.next_id,
         )
         self._reaction = Reaction(settings, self._policy, log)
@@ -75,7 +73,7 @@ class Service:
         self._metrics = MetricsFile(settings.metrics, log)
         self._hooks = Hooks(settings.hook, log)
         self._supervisor = Supervisor()
-        self._sinks = _make_sinks(settings, log)
+        self._sinks: list[Sink] = _make_sinks(settings, log)
 
     def run(self) -> None:
         """Runs until SIGTERM or SIGINT, or for ``exit_after``; leaves the sinks invalid and the socket gone."""
