@@ -4,7 +4,8 @@ The order is the point.  From the moment at which the policy asks for it:
 
     begin      chronyd drops what it knows and says that it is not synchronised; without one, the kernel says it
     step       the clock is set, by the first sample of the new calibration
-    frequency  chronyd is told the new host's frequency, once its own correction has ended with the reset
+    frequency  the kernel is given the new host's frequency, and chronyd is told: in the same breath, where it is known
+               what chronyd goes by; else once its own correction has ended with the reset
     rest       what the old frequency has made of the time since the step is taken out
     verify     some tens of milliseconds of samples show whether that was right, or measure what was not known
     settle     what is left of the offset is taken out; chronyd drops what it saw meanwhile; feeding begins again
@@ -90,6 +91,8 @@ class Reaction:
         self._names: dict[Request, tuple[Record | None, str]] = {}
         self._awaited: Request | None = None
         self._reset: Request | None = None
+        #: The rate to which chronyd sets the kernel while it slews nothing, by its last word; None: not known.
+        self._base_rate: float | None = None
         self._last_by_fallback: Request | None = None
         self._tracking: Request | None = None
         self._last_tracking: Tracking | None = None
@@ -144,7 +147,7 @@ class Reaction:
             self._policy.corrected()
             return
         self._correcting_until_ns = now_ns + PATIENCE_NS
-        if not self._waits_for_chronyd(now_ns):
+        if now_ns >= self._waits_until_ns():
             self._stage = getattr(self, f"_do_{self._stage}")(self._record, sample, page, now_ns)
 
     def fed(self, sample: Sample, page: Page) -> None:
@@ -167,7 +170,9 @@ class Reaction:
         """The time to the next look that the reaction wants."""
         interval_ns = self.settings.interval
         if now_ns < self._correcting_until_ns:
-            return min(interval_ns, CORRECTING_NS)
+            # What chronyd answers calls for a look by itself; until then the processor is chronyd's.
+            waiting_ns = self._waits_until_ns()
+            return min(interval_ns, max(CORRECTING_NS, waiting_ns - now_ns))
         if now_ns < self._quick_until_ns:
             return min(interval_ns, QUICK_NS)
         return interval_ns
@@ -244,30 +249,36 @@ class Reaction:
             bound_ns = (sample.maxerror_ns or 0) + sample.uncertainty_ns
             self._step(record, sample.offset_ns, sample.system_ns, bound_ns, now_ns)
         self._awaited = self._reset
-        return "frequency"
+        if self._is_device and self._hears() and self._base_rate is None:
+            return "frequency"
+        return self._do_frequency(record, sample, page, now_ns)
 
     def _do_frequency(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
-        record.frequency_ppm = self._compute_ppm(page)
+        # A reset that was answered has ended what chronyd did besides.
+        rate = self._base_rate if self._hears() and self._base_rate is not None else self._clock.rate()
+        record.frequency_ppm = self._compute_ppm(page, rate)
         self._period_before_ns = page.period_ns
-        if self._reset is None or not self._reset.ok:
-            why = "no chronyd is configured" if self._reset is None else "chronyd did not reset its sources"
-            record.note(now_ns, "dfreq", False, f"{why}: the frequency is left alone")
-            return "settle"
+        self._points.clear()
         if record.frequency_ppm is not None:
-            self._tell_frequency(record, record.frequency_ppm, now_ns)
+            self._correct_frequency(record, record.frequency_ppm, rate, now_ns)
         elif not self._is_device:
             record.note(now_ns, "dfreq", False, "the period before is not known: the frequency is left to chronyd")
-        self._points.clear()
         return "rest" if self._is_device else "settle"
 
     def _do_rest(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
         """What the old frequency has made of the time since the step is not left to stand while it is verified."""
-        if self._awaited is not None and self._awaited is not self._reset and self._awaited.ok:
+        if record.frequency_ppm is not None and self._knows_rate():
             self._step_rest(record, sample, now_ns)
+            rate = self._clock.rate()
+            left_ppm = self._compute_ppm(page, rate)
+            if left_ppm is not None and abs(left_ppm) >= LEAST_PPM:
+                # chronyd went by another rate than it had said last.
+                record.frequency_ppm += left_ppm
+                self._correct_frequency(record, left_ppm, rate, now_ns)
         return "verify"
 
     def _do_verify(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
-        if self._awaited is None or not self._awaited.ok:
+        if not self._knows_rate():
             record.note(now_ns, "verify", False, "it is not known whether chronyd has changed the frequency")
             return "settle"
         rate = self._clock.rate()
@@ -284,7 +295,7 @@ class Reaction:
         record.note(now_ns, "verify", True, f"{ppm:+.3f} ppm, give or take {error_ppm:.3f}")
         if abs(ppm) > max(LEAST_MEASURED_PPM, 3 * error_ppm):
             record.frequency_ppm = (record.frequency_ppm or 0.0) + ppm
-            self._tell_frequency(record, ppm, now_ns)
+            self._correct_frequency(record, ppm, rate, now_ns)
         return "settle"
 
     def _do_settle(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
@@ -339,17 +350,40 @@ class Reaction:
         else:
             record.note(now_ns, "flag", True, "STA_UNSYNC")
 
-    def _compute_ppm(self, page: Page) -> float | None:
+    def _compute_ppm(self, page: Page, rate: float | None) -> float | None:
         """d(reference - system)/dt by the page's new period and the boot's constant rate; None: not known yet.
 
-        A simulation has no part in the kernel's frequency: a private chronyd (-x) keeps its corrections to itself,
-        and followed the period before.
+        ``rate`` is what the kernel runs at.  A simulation has no part in it: a private chronyd (-x) keeps its
+        corrections to itself, and followed the period before.
         """
         actual_ns = self._period_before_ns
         if self._is_device:
-            kernel_rate, uncorrected_ns = self._clock.rate(), self._rate.uncorrected_ns()
-            actual_ns = None if kernel_rate is None or uncorrected_ns is None else uncorrected_ns * kernel_rate
+            uncorrected_ns = self._rate.uncorrected_ns()
+            actual_ns = None if rate is None or uncorrected_ns is None else uncorrected_ns * rate
         return None if actual_ns is None else frequency_ppm(page.period_ns, actual_ns)
+
+    def _correct_frequency(self, record: Record, ppm: float, rate: float | None, now_ns: int) -> None:
+        """The clock is to run by ``ppm`` faster than at ``rate``, and chronyd is to know it.
+
+        chronyd would set the kernel by itself.  To do it first is for the time until then, and for the case
+        that there is no chronyd.
+        """
+        if abs(ppm) < LEAST_PPM:
+            record.note(now_ns, "dfreq", True, f"{ppm:+.3f} ppm is nothing to correct")
+            return
+        if self._hears() and (self._base_rate is not None or self._reset_is_done()):
+            self._awaited = self._command(record, "dfreq", dfreq(-ppm), now_ns)
+            self._base_rate = self._tracking = None  # what was said before is of before
+        else:
+            why = "no chronyd is configured" if self._reset is None else "chronyd did not reset its sources"
+            record.note(now_ns, "dfreq", False, f"{why}: its frequency is left alone")
+        if self._is_device and rate is not None:
+            try:
+                self._clock.set_rate(self._is_device, rate * (1 + ppm * 1e-6))
+            except RefclockError as error:
+                record.note(now_ns, "frequency", False, str(error))
+            else:
+                record.note(now_ns, "frequency", True, f"{ppm:+.3f} ppm")
 
     # ---- chronyd -----------------------------------------------------------------------------------------
 
@@ -370,21 +404,26 @@ class Reaction:
         if self._reset is not None:
             self._policy.chronyd_normal = False if self._reset.delivered else None
 
-    def _tell_frequency(self, record: Record, ppm: float, now_ns: int) -> None:
-        if abs(ppm) < LEAST_PPM:
-            record.note(now_ns, "dfreq", True, f"{ppm:+.3f} ppm is nothing to correct")
-        else:
-            self._awaited = self._command(record, "dfreq", dfreq(-ppm), now_ns)
+    def _hears(self) -> bool:
+        """Whether chronyd has been handed the reset of its sources, and did not refuse."""
+        return self._reset is not None and self._reset.delivered and self._reset.ok is not False
 
-    def _waits_for_chronyd(self, now_ns: int) -> bool:
-        """Whether the next stage must wait for an answer.
+    def _reset_is_done(self) -> bool:
+        return self._reset is not None and self._reset.ok is True
+
+    def _knows_rate(self) -> bool:
+        """Whether the kernel runs at the rate that it says: there is no chronyd that may yet change it."""
+        return not self._hears() or (self._awaited is not None and self._awaited.ok is True)
+
+    def _waits_until_ns(self) -> int:
+        """Until when the next stage waits for an answer; 0 where there is none to wait for.
 
         What chronyd then has told the kernel is in force: a frequency that is set is applied at once (Linux 4.19).
         """
         awaited = self._awaited
-        if awaited is None:
-            return False
-        return awaited.ok is None and awaited.delivered and now_ns - awaited.sent_ns < PATIENCE_NS
+        if awaited is None or awaited.ok is not None or not awaited.delivered:
+            return 0
+        return awaited.sent_ns + PATIENCE_NS
 
     def _may_ask(self) -> bool:
         """A tracking that overtakes a reset would speak of the samples from before it."""
@@ -400,8 +439,9 @@ class Reaction:
             record.note(now_ns, name, bool(request.ok), request.detail)
         if request is self._tracking:
             self._tracking = None
-            self._last_tracking = request.tracking
-            return self._chronyd_says(request.tracking.normal if request.tracking is not None else None, now_ns)
+            self._last_tracking = tracking = request.tracking
+            self._base_rate = None if tracking is None else 1 + tracking.frequency_ppm * 1e-6
+            return self._chronyd_says(tracking.normal if tracking is not None else None, now_ns)
         if request is self._reset and request.ok is False and self._policy.chronyd_normal is False:
             # Handed over, and then refused or never answered: it is as good as absent.
             if record is not None:

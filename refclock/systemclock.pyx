@@ -8,7 +8,9 @@ import os
 from errno import EAGAIN, ECANCELED
 
 from libc.errno cimport errno
+from libc.math cimport llrint
 from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport labs
 from posix.time cimport CLOCK_REALTIME, itimerspec
 from posix.unistd cimport read
 
@@ -26,7 +28,7 @@ cdef extern from "<sys/timex.h>" nogil:
         int status
         long tick
         timex_time time
-    const unsigned int ADJ_SETOFFSET, ADJ_NANO, ADJ_STATUS, ADJ_MAXERROR, ADJ_ESTERROR
+    const unsigned int ADJ_FREQUENCY, ADJ_TICK, ADJ_SETOFFSET, ADJ_NANO, ADJ_STATUS, ADJ_MAXERROR, ADJ_ESTERROR
     const int STA_UNSYNC
     int clock_adjtime(int clock, timex *state)
 
@@ -40,6 +42,10 @@ cdef int64_t NSEC_PER_SEC = 1000000000
 #: No step may land before this: 2020-01-01, in nanoseconds since 1970.
 EARLIEST_NS = 1_577_836_800 * NSEC_PER_SEC
 
+#: One tick is 1/100 s, so a microsecond of it is 100 ppm; freq is in units of 2^-16 ppm, and at most 500 ppm (adjtimex(2)).
+cdef double TICK_USEC = 10000, FREQ_SCALE = 65536e6
+cdef long MOST_FREQ = 500 << 16
+
 #: The kernel's own limit for maxerror (NTP_PHASE_LIMIT, 16 s), in microseconds: the clock may be anywhere.
 UNSYNCHRONISED_USEC = 16_000_000
 
@@ -50,14 +56,24 @@ class Kernel:
     """The system calls, nothing else.  Each raises OSError."""
 
     def rate(self):
-        """How fast the kernel runs the clock, relative to running it without corrections.
-
-        tick is microseconds for each 1/100 s; freq is in 2^-16 ppm; the kernel adds the two (adjtimex(2)).
-        """
+        """How fast the kernel runs the clock, relative to running it without corrections: tick and freq together."""
         cdef timex state
         state.modes = 0
         _adjust(&state)
-        return state.tick / 10000.0 + state.freq / 65536e6
+        return state.tick / TICK_USEC + state.freq / FREQ_SCALE
+
+    def set_rate(self, double rate):
+        """Makes the kernel run the clock at ``rate``, as :meth:`rate` says it; by freq alone where that is enough."""
+        cdef timex state
+        state.modes = 0
+        _adjust(&state)
+        state.modes = ADJ_FREQUENCY
+        state.freq = llrint((rate - state.tick / TICK_USEC) * FREQ_SCALE)
+        if labs(state.freq) > MOST_FREQ:
+            state.modes |= ADJ_TICK
+            state.tick = llrint(rate * TICK_USEC)
+            state.freq = llrint((rate - state.tick / TICK_USEC) * FREQ_SCALE)
+        _adjust(&state)
 
     def is_unsynchronised(self):
         """Whether STA_UNSYNC is set."""
@@ -136,6 +152,18 @@ class SystemClock:
             self._kernel.step(offset_ns)
         except OSError as error:
             raise _explained(error, "cannot step the clock") from None
+
+    def set_rate(self, is_device, rate):
+        """Makes the clock run at ``rate``, as :meth:`rate` says it.
+
+        Raises RefclockError for a page in a plain file, and where the kernel does not go so far (10 %).
+        NotPermitted without the right.
+        """
+        _only_for_devices(is_device)
+        try:
+            self._kernel.set_rate(rate)
+        except OSError as error:
+            raise _explained(error, "cannot set the clock's frequency") from None
 
     def flag_unsynchronised(self, is_device):
         """Tells the kernel, and by it every program that asks, that the clock may be anywhere; reads it back."""

@@ -118,8 +118,20 @@ MUTATIONS = (
     Mutation(
         "the slew's rate is taken for the clock's",
         "reaction.py",
-        "        self._awaited = self._reset\n        return",
-        "        return",
+        "if self._is_device and self._hears() and self._base_rate is None:",
+        "if False:",
+    ),
+    Mutation(
+        "what chronyd said last is never put right",
+        "reaction.py",
+        "if left_ppm is not None and abs(left_ppm) >= LEAST_PPM:",
+        "if False:",
+    ),
+    Mutation(
+        "the kernel's frequency is left to chronyd",
+        "reaction.py",
+        "if self._is_device and rate is not None:\n            try:",
+        "if False:\n            try:",
     ),
     Mutation(
         "the rest is left",

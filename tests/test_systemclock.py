@@ -24,7 +24,8 @@ SEC = 1_000_000_000
 NOW_NS = 1_767_225_600 * SEC
 
 # linux/timex.h
-ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS, ADJ_SETOFFSET, ADJ_NANO = 0x0004, 0x0008, 0x0010, 0x0100, 0x2000
+ADJ_FREQUENCY, ADJ_MAXERROR, ADJ_ESTERROR, ADJ_STATUS = 0x0002, 0x0004, 0x0008, 0x0010
+ADJ_SETOFFSET, ADJ_NANO, ADJ_TICK = 0x0100, 0x2000, 0x4000
 STA_PLL, STA_UNSYNC, STA_NANO = 0x0001, 0x0040, 0x2000
 CLOCK_REALTIME = 0
 
@@ -35,6 +36,7 @@ class FakeKernel:
     def __init__(self, error: int = 0, forgets: bool = False) -> None:
         self.steps: list[int] = []
         self.flagged: list[int] = []
+        self.rates: list[float] = []
         self._error = error
         self._forgets = forgets
 
@@ -45,6 +47,10 @@ class FakeKernel:
     def rate(self) -> float:
         self._fail()
         return 1.0
+
+    def set_rate(self, rate: float) -> None:
+        self._fail()
+        self.rates.append(rate)
 
     def is_unsynchronised(self) -> bool:
         return bool(self.flagged) and not self._forgets
@@ -75,7 +81,9 @@ def test_never_for_a_plain_file() -> None:
         clock.step(False, 20 * SEC, NOW_NS, 0)
     with pytest.raises(RefclockError, match="simulation"):
         clock.flag_unsynchronised(False)
-    assert not kernel.steps and not kernel.flagged
+    with pytest.raises(RefclockError, match="simulation"):
+        clock.set_rate(False, 1.0001)
+    assert not kernel.steps and not kernel.flagged and not kernel.rates
 
 
 @pytest.mark.parametrize(
@@ -114,6 +122,8 @@ def test_without_the_right() -> None:
     assert refused.value.errno == errno.EPERM
     with pytest.raises(NotPermitted, match="CAP_SYS_TIME"):
         clock.flag_unsynchronised(True)
+    with pytest.raises(NotPermitted, match="CAP_SYS_TIME"):
+        clock.set_rate(True, 1.0001)
     assert clock.rate() is None, "a sandbox may forbid even to ask"
 
 
@@ -198,7 +208,7 @@ def test_the_flag_and_the_errors(ask: Callable[..., tuple[str, list[list[int]]]]
     answer, asked = ask("clock.flag_unsynchronised(True), kernel.is_unsynchronised()")
     assert answer == "(None, True)"
     assert [modes for _, modes, *_ in asked] == [0, ADJ_STATUS | ADJ_MAXERROR | ADJ_ESTERROR, 0, 0]
-    _, _, _, _, maxerror, esterror, status = asked[1]
+    maxerror, esterror, status = asked[1][4:7]
     assert maxerror == esterror == UNSYNCHRONISED_USEC
     assert status == STA_PLL | STA_NANO | STA_UNSYNC, "what else is set there stays"
 
@@ -223,8 +233,34 @@ def test_the_rate(ask: Callable[..., tuple[str, list[list[int]]]], tick: int, fr
     assert [modes for _, modes, *_ in asked] == [0]
 
 
+@pytest.mark.parametrize(
+    ("tick", "rate", "modes", "expected"),
+    [
+        (10000, 1.0, ADJ_FREQUENCY, (10000, 0)),
+        (10000, 1 + 100e-6, ADJ_FREQUENCY, (10000, 65536 * 100)),
+        (10000, 1 - 500e-6, ADJ_FREQUENCY, (10000, -65536 * 500)),
+        (10001, 1 - 0.1e-6, ADJ_FREQUENCY, (10001, -6560154)),
+        (10000, 1 + 530e-6, ADJ_FREQUENCY | ADJ_TICK, (10005, 65536 * 30)),
+        (10000, 1 - 83_000e-6, ADJ_FREQUENCY | ADJ_TICK, (9170, 0)),
+        (9170, 1.0, ADJ_FREQUENCY | ADJ_TICK, (10000, 0)),
+    ],
+)
+def test_setting_the_rate(
+    ask: Callable[..., tuple[str, list[list[int]]]], tick: int, rate: float, modes: int, expected: tuple[int, int]
+) -> None:
+    """By freq alone where it reaches: ntpd does not expect the tick to be changed."""
+    answer, asked = ask(f"(clock.set_rate(True, {rate!r}), kernel.rate())[1]", tick=tick)
+    assert float(answer) == pytest.approx(rate, abs=1e-11)
+    assert [entry[1] for entry in asked] == [0, modes, 0]
+    assert tuple(asked[2][-2:]) == expected
+
+
 def test_a_kernel_that_refuses(ask: Callable[..., tuple[str, list[list[int]]]]) -> None:
-    for call in (f"clock.step(True, {SEC}, {NOW_NS}, 0)", "clock.flag_unsynchronised(True)"):
+    for call in (
+        f"clock.step(True, {SEC}, {NOW_NS}, 0)",
+        "clock.flag_unsynchronised(True)",
+        "clock.set_rate(True, 1.0001)",
+    ):
         answer, _ = ask(call, errno=errno.EPERM)
         assert answer.startswith(f"NotPermitted {errno.EPERM} cannot") and "CAP_SYS_TIME" in answer
     assert ask(f"clock.step(True, {SEC}, {NOW_NS}, 0)", errno=errno.EINVAL)[0].startswith(
