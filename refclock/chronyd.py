@@ -359,6 +359,12 @@ class Chronyd:
             request.deadline_ns = now_ns + (self._timeout_ns << (request.attempt - 1))
         return self._collect()
 
+    def hurry(self, now_ns: int) -> None:
+        """Let the next :meth:`tick` try again what could not be handed over: there may be a chronyd now."""
+        for request in self._pending.values():
+            if not request.delivered:
+                request.deadline_ns = now_ns
+
     def next_deadline_ns(self) -> int | None:
         """When :meth:`tick` is wanted next (at once, where something is to be reported), or None."""
         if self._finished:

@@ -58,13 +58,15 @@ class Phc:
         assert best is not None
         return best
 
-    def learn(self) -> None:
-        """Finds out whether it says UTC or TAI, from a system clock that is good.  Raises OSError."""
+    def learn(self) -> str:
+        """Finds out, from a system clock that is good, whether it says UTC or TAI; what, in words.  Raises OSError."""
         distance_ns, _, _ = self.compare()
         seconds = round(distance_ns / NSEC_PER_SEC)
         near = abs(distance_ns - seconds * NSEC_PER_SEC) < PLAUSIBLE_NS
         if near and (seconds == 0 or abs(seconds - TAI_OFFSET_S) <= TAI_TOLERANCE_S):
             self.utc_offset_ns = -seconds * NSEC_PER_SEC
+            return f"TAI, {seconds} s ahead" if seconds else "UTC"
+        return "neither UTC nor TAI"
 
     def offset(self) -> tuple[int, int, int] | None:
         """UTC - the system clock, the system clock at that moment, half the bracket; None while UTC is not known.

@@ -93,6 +93,7 @@ class Reaction:
         self._reset: Request | None = None
         #: The rate to which chronyd sets the kernel while it slews nothing, by its last word; None: not known.
         self._base_rate: float | None = None
+        self._is_newcomer = False
         self._last_by_fallback: Request | None = None
         self._tracking: Request | None = None
         self._last_tracking: Tracking | None = None
@@ -155,6 +156,15 @@ class Reaction:
         self._period_before_ns = page.period_ns
         if self._is_device and self._policy.corrects:
             self._rate.add(sample.counter, sample.system_ns, self._clock.rate())
+
+    def consumer_came(self, now_ns: int) -> None:
+        """Somebody takes samples who did not before: a chronyd that has just started, perhaps."""
+        if self._chronyd is None:
+            return
+        self._is_newcomer = True
+        self._tracking = None  # the one that was asked is gone
+        self._next_ask_ns = now_ns
+        self._chronyd.hurry(now_ns)
 
     def closed(self, now_ns: int) -> None:
         """The record is closed: nothing is in a hurry any more."""
@@ -256,7 +266,7 @@ class Reaction:
     def _do_frequency(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
         # A reset that was answered has ended what chronyd did besides.
         rate = self._base_rate if self._hears() and self._base_rate is not None else self._clock.rate()
-        record.frequency_ppm = self._compute_ppm(page, rate)
+        record.frequency_ppm = self._compute_ppm(page.period_ns, rate)
         self._period_before_ns = page.period_ns
         self._points.clear()
         if record.frequency_ppm is not None:
@@ -270,7 +280,7 @@ class Reaction:
         if record.frequency_ppm is not None and self._knows_rate():
             self._step_rest(record, sample, now_ns)
             rate = self._clock.rate()
-            left_ppm = self._compute_ppm(page, rate)
+            left_ppm = self._compute_ppm(page.period_ns, rate)
             if left_ppm is not None and abs(left_ppm) >= LEAST_PPM:
                 # chronyd went by another rate than it had said last.
                 record.frequency_ppm += left_ppm
@@ -350,8 +360,8 @@ class Reaction:
         else:
             record.note(now_ns, "flag", True, "STA_UNSYNC")
 
-    def _compute_ppm(self, page: Page, rate: float | None) -> float | None:
-        """d(reference - system)/dt by the page's new period and the boot's constant rate; None: not known yet.
+    def _compute_ppm(self, period_ns: float, rate: float | None) -> float | None:
+        """d(reference - system)/dt by the page's period and the boot's constant rate; None: not known yet.
 
         ``rate`` is what the kernel runs at.  A simulation has no part in it: a private chronyd (-x) keeps its
         corrections to itself, and followed the period before.
@@ -360,7 +370,7 @@ class Reaction:
         if self._is_device:
             uncorrected_ns = self._rate.uncorrected_ns()
             actual_ns = None if rate is None or uncorrected_ns is None else uncorrected_ns * rate
-        return None if actual_ns is None else frequency_ppm(page.period_ns, actual_ns)
+        return None if actual_ns is None else frequency_ppm(period_ns, actual_ns)
 
     def _correct_frequency(self, record: Record, ppm: float, rate: float | None, now_ns: int) -> None:
         """The clock is to run by ``ppm`` faster than at ``rate``, and chronyd is to know it.
@@ -384,6 +394,18 @@ class Reaction:
                 record.note(now_ns, "frequency", False, str(error))
             else:
                 record.note(now_ns, "frequency", True, f"{ppm:+.3f} ppm")
+
+    def _welcome(self, now_ns: int) -> None:
+        """A chronyd that starts goes by its drift file, which may be of another host: what is known is better."""
+        if self._record is not None or not (self._is_device and self._policy.corrects):
+            return
+        if self._base_rate is None or self._period_before_ns is None:
+            return
+        ppm = self._compute_ppm(self._period_before_ns, self._base_rate)
+        if ppm is not None and abs(ppm) > LEAST_MEASURED_PPM:
+            self._log("notice", f"chronyd has come with a frequency that is {ppm:+.3f} ppm off; it is told")
+            self._command(None, "dfreq", dfreq(-ppm), now_ns)
+            self._base_rate = self._tracking = None
 
     # ---- chronyd -----------------------------------------------------------------------------------------
 
@@ -441,6 +463,9 @@ class Reaction:
             self._tracking = None
             self._last_tracking = tracking = request.tracking
             self._base_rate = None if tracking is None else 1 + tracking.frequency_ppm * 1e-6
+            if self._is_newcomer and tracking is not None:
+                self._is_newcomer = False
+                self._welcome(now_ns)
             return self._chronyd_says(tracking.normal if tracking is not None else None, now_ns)
         if request is self._reset and request.ok is False and self._policy.chronyd_normal is False:
             # Handed over, and then refused or never answered: it is as good as absent.
@@ -509,11 +534,11 @@ class Reaction:
         """Whether the fallback says UTC or TAI shows while the clock is good."""
         if not self._policy.good:
             return
-        error = None
+        error, says = None, ""
         try:
-            fallback.learn()
+            says = fallback.learn()
         except OSError as failure:
             error = failure.strerror
-        if error != self._told_fallback:
-            self._told_fallback = error
-            self._log("warning" if error else "info", f"fallback {fallback.path}: {error or 'answers'}")
+        if (error or says) != self._told_fallback:
+            self._told_fallback = error or says
+            self._log("warning" if error else "info", f"fallback {fallback.path}: {error or f'says {says}'}")

@@ -169,8 +169,9 @@ class Service:
     def _act_feed(self, sample: Sample) -> None:
         self._samples += 1
         self._last_sample = sample
-        for sink in self._sinks:
-            sink.put(sample)
+        arrivals = [sink.put(sample) for sink in self._sinks]
+        if any(arrivals):
+            self._reaction.consumer_came(time.monotonic_ns())
         assert self._page is not None
         self._reaction.fed(sample, self._page)
         self._sample_log.write(sample)

@@ -28,13 +28,17 @@ class Sink:
         self._log = log
         self._said: str | None = ""
 
-    def put(self, sample: Sample) -> None:
-        """Hands over one sample.  Never blocks, never raises for what the other side does."""
-        self._note(self._put(sample))
+    def put(self, sample: Sample) -> bool:
+        """Hands over one sample; whether it is the first that arrives, or arrives again.
+
+        Never blocks, never raises for what the other side does.
+        """
+        is_news = self._note(self._put(sample))
         if self.error is None:
             self.sent += 1
         else:
             self.dropped += 1
+        return is_news and self.error is None
 
     def invalidate(self) -> None:
         """Takes back what can be taken back: the other side must not use samples put before this."""
@@ -46,15 +50,17 @@ class Sink:
         """Hands over one sample; None, or why it could not be."""
         raise NotImplementedError
 
-    def _note(self, error: str | None) -> None:
+    def _note(self, error: str | None) -> bool:
+        """Whether that is something new."""
         self.error = error
         if error == self._said:
-            return
+            return False
         if error is not None:
             self._log("warning", f"{self.type} {self.name}: {error}")
         else:
             self._log("info", f"{self.type} {self.name}: samples arrive{' again' if self.sent else ''}")
         self._said = error
+        return True
 
     def status(self) -> dict[str, object]:
         """The contract's view of a sink."""

@@ -482,6 +482,19 @@ def test_a_chronyd_that_comes_later(client: Chronyd, place: Path) -> None:
         assert reset.detail == ""
 
 
+def test_a_chronyd_that_is_known_to_have_come(client: Chronyd, place: Path) -> None:
+    """Somebody saw it: what waits need not wait any longer, and what was handed over is not sent twice."""
+    reset = client.send(RESET_SOURCES, 0)
+    fake = Fake(place / "chronyd.sock")
+    with contextlib.closing(fake.socket):
+        assert client.tick(1) == [] and fake.seen() == []
+        client.hurry(1)
+        assert client.next_deadline_ns() == 1 and client.tick(1) == []
+        assert fake.seen() == [(66, 2, reset.sequence)]
+        client.hurry(2)
+        assert client.tick(2) == [] and fake.seen() == []
+
+
 def test_a_chronyd_that_never_comes(client: Chronyd) -> None:
     reset = client.send(RESET_SOURCES, 0)
     assert [client.tick(now) for now in (TIMEOUT, 3 * TIMEOUT, 7 * TIMEOUT)] == [[], [], [reset]]

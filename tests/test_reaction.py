@@ -207,6 +207,11 @@ class FakeChronyd:
         elif text == "makestep":
             self.guest.step(self.guest.error_ns())
 
+    def hurry(self, now_ns: int) -> None:
+        for request in self.pending:
+            if not request.delivered:
+                request.deadline_ns = now_ns
+
     def tick(self, now_ns: int) -> list[Request]:
         for request in list(self.pending):
             if not request.delivered and self.mood == "well" and now_ns >= request.deadline_ns:
@@ -1046,6 +1051,64 @@ def test_chronyd_dies_between_two_requests(guest: Callable[..., Guest]) -> None:
     assert outcome(record)[-1] == ("reset-sources", False)
 
 
+def chronyd_restarts(moved: Guest, drift_ppm: float, for_ns: int = 3 * SEC) -> None:
+    """It is gone, comes back with another frequency, by its drift file say, and takes samples again."""
+    moved.chronyd.mood = "absent"
+    moved.run(for_ns)
+    moved.chronyd.mood = "well"
+    moved.chronyd.base *= 1 + drift_ppm * 1e-6
+    moved.set_word(moved.chronyd.base, moved.now_ns)
+    moved.reaction.consumer_came(moved.now_ns)
+
+
+@pytest.mark.parametrize("drift_ppm", [30.0, -0.5, 0.1, 0.0])
+def test_a_chronyd_that_comes_is_told_the_frequency(guest: Callable[..., Guest], drift_ppm: float) -> None:
+    moved = guest()
+    moved.run(5 * SEC)
+    chronyd_restarts(moved, drift_ppm)
+    begun_ns = moved.now_ns
+    moved.run(5 * MSEC)
+    wrong = abs(drift_ppm) > 0.2
+    assert moved.values("dfreq") == [pytest.approx(drift_ppm, abs=0.1)] * wrong
+    assert [text for text in moved.logged if "has come" in text] == moved.logged[-1:] * wrong
+    moved.run(5 * SEC)
+    assert len(moved.values("dfreq")) == wrong and abs(moved.slope_ppm()) < 0.2
+    assert [at_ns for at_ns, what, _ in moved.history if what == "step"] == [] and moved.now_ns > begun_ns
+
+
+def test_a_chronyd_that_comes_after_a_disruption(guest: Callable[..., Guest]) -> None:
+    """What it was to be told then is told now; the clock is right already, so only the frequency is left."""
+    moved = guest()
+    moved.run(5 * SEC)
+    old = moved.chronyd.base
+    moved.chronyd.mood = "absent"
+    moved.disrupt(20 * SEC, 50.0)
+    moved.recover()
+    assert abs(moved.slope_ppm()) < 0.1
+    moved.chronyd.base = old
+    chronyd_restarts(moved, 0.0, SEC)
+    moved.run(5 * MSEC)
+    assert moved.values("dfreq") == [pytest.approx(-50, abs=0.1)]
+    assert abs(moved.slope_ppm()) < 0.1 and abs(moved.error_ns()) < 200
+
+
+@pytest.mark.parametrize("options", [{"on_disruption": "flag"}, {"may_set": False}, {"is_device": False}])
+def test_a_chronyd_that_comes_is_left_alone(guest: Callable[..., Guest], options: dict[str, object]) -> None:
+    moved = guest(**options)
+    moved.run(5 * SEC)
+    chronyd_restarts(moved, 30.0)
+    moved.run(SEC)
+    assert moved.values("dfreq") == []
+
+
+def test_a_consumer_that_comes_without_chronyd(guest: Callable[..., Guest]) -> None:
+    moved = guest(chronyd=False)
+    moved.run(SEC)
+    moved.reaction.consumer_came(moved.now_ns)
+    moved.run(SEC)
+    assert moved.done() == []
+
+
 def test_what_chronyd_said_before_the_reset_does_not_count(guest: Callable[..., Guest]) -> None:
     """Its queue is full when the reset is to go out, and it is still Normal by the samples from before."""
     moved = guest(kind="signal")
@@ -1199,6 +1262,7 @@ def test_a_fallback_that_says_tai(guest: Callable[..., Guest], tai_ahead_s: int)
     restored = guest(kind="signal", fallback=phc)
     restored.run(2 * SEC)
     assert phc.utc_offset_ns == -tai_ahead_s * SEC
+    assert restored.logged[-1] == f"fallback /dev/ptp7: says TAI, {tai_ahead_s} s ahead"
     restored.disrupt(-5 * SEC)
     restored.recover()
     assert abs(restored.error_ns()) < 1000
@@ -1211,6 +1275,7 @@ def test_a_fallback_that_says_neither(guest: Callable[..., Guest], ahead_ns: int
     restored.run(2 * SEC)
     restored.disrupt(20 * SEC)
     record = restored.recover()
+    assert "fallback /dev/ptp7: says neither UTC nor TAI" in restored.logged
     assert ("fallback", False) in outcome(record) and "UTC or TAI is not known" in detail(record, "fallback")
     assert restored.done() == ["reset", "burst", "makestep"] and restored.values("step") == []
 
@@ -1239,10 +1304,13 @@ def test_a_fallback_that_fails(guest: Callable[..., Guest]) -> None:
     record = restored.recover()
     assert "No such device" in detail(record, "fallback") and restored.done() == ["reset", "burst", "makestep"]
     restored.run(60 * SEC)
-    assert [text for text in restored.logged if "ptp7" in text] == ["fallback /dev/ptp7: No such device"], "once"
+    assert [text for text in restored.logged if "ptp7" in text] == [
+        "fallback /dev/ptp7: says UTC",
+        "fallback /dev/ptp7: No such device",
+    ], "once"
     phc.refuses = 0
     restored.run(60 * SEC)
-    assert restored.logged[-1] == "fallback /dev/ptp7: answers"
+    assert restored.logged[-1] == "fallback /dev/ptp7: says UTC"
 
 
 def test_a_fallback_that_may_not_step(guest: Callable[..., Guest]) -> None:

@@ -115,9 +115,10 @@ def test_chronyd_comes_goes_and_comes_back(path: Path) -> None:
     lines = Lines()
     sink = Sock(str(path), lines)
 
+    arrivals = []
+
     def put_three() -> None:
-        for _ in range(3):
-            sink.put(sample())
+        arrivals.append([sink.put(sample()) for _ in range(3)])
 
     put_three()
     assert (sink.sent, sink.dropped) == (0, 3)
@@ -141,6 +142,8 @@ def test_chronyd_comes_goes_and_comes_back(path: Path) -> None:
         put_three()
         assert len(listener.receive()) == 3
     assert (sink.sent, sink.dropped) == (9, 9)
+    nothing, something = [False] * 3, [True, False, False]
+    assert arrivals == [nothing, something, nothing, something, nothing, something]
     assert lines.levels() == ["warning", "info", "warning", "info", "warning", "info"]
     assert [text.rpartition(": ")[2] for level, text in lines if level == "info"] == [
         "samples arrive",
