@@ -20,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,19 +119,29 @@ def _kernel() -> Path:
 
 
 def _initramfs(kernel: Path) -> Path:
-    userland = debs.unpack(USERLAND_PACKAGES, suite=USERLAND_SUITE, with_depends=True)
+    userland = userland_prefix()
     versions = f"{sys.version} {sys.base_prefix} {kernel.name} {debs.unpacked(userland)}"
+    sources = [HERE / source for source in ("build.py", "cpio.py", "sampler.c", *AGENT)]
+    return cached("initramfs", versions, sources, lambda: _pack(userland, kernel))
+
+
+def userland_prefix() -> Path:
+    return debs.unpack(USERLAND_PACKAGES, suite=USERLAND_SUITE, with_depends=True)
+
+
+def cached(name: str, versions: str, sources: list[Path], pack: Callable[[], bytes]) -> Path:
+    """An archive in the cache, packed where there is none from these versions and sources yet."""
     made_from = hashlib.sha256(versions.encode())
-    for source in ("build.py", "cpio.py", "sampler.c", *AGENT):
-        made_from.update((HERE / source).read_bytes())
+    for source in sources:
+        made_from.update(source.read_bytes())
     directory = debs.cache_dir() / "guest"
-    path = directory / f"initramfs-{made_from.hexdigest()[:16]}.cpio"
+    path = directory / f"{name}-{made_from.hexdigest()[:16]}.cpio"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(_pack(userland, kernel))
+        unfinished.write_bytes(pack())
         unfinished.rename(path)
-        for old in sorted(directory.glob("initramfs-*.cpio"), key=lambda old: old.stat().st_mtime)[:-3]:
+        for old in sorted(directory.glob(f"{name}-*.cpio"), key=lambda old: old.stat().st_mtime)[:-3]:
             old.unlink(missing_ok=True)
     return path
 
@@ -155,38 +166,51 @@ def _pack(userland: Path, kernel: Path) -> bytes:
         archive.copy(HERE / source, f"agent/{source}")
     archive.file("usr/bin/sampler", _sampler(), 0o755)
 
-    libraries = _libraries([userland / "usr/sbin/chronyd", userland / "usr/bin/chronyc"], userland)
-    python_libraries = _add_python(archive)
-    # Of two libraries with the same name the newer serves both; which system's is newer, its libc tells.
-    if _libc(libraries) >= _libc(python_libraries):
-        libraries = python_libraries | libraries
-    else:
-        libraries |= python_libraries
-    for name, library in sorted(libraries.items()):
+    _add_python(archive)
+    for name, library in sorted(shared_libraries().items()):
         archive.copy(library, f"{LIBRARIES}/{name}")
     archive.symlink(f"usr/lib64/{LOADER}", f"{LIBRARIES}/{LOADER}")
     return archive.finish()
 
 
-def _add_python(archive: Archive) -> dict[str, Path]:
-    """Adds this machine's Python, at its own paths, and returns the libraries that it needs."""
-    executable = Path(os.path.realpath(sys._base_executable))
-    standard_library = Path(sysconfig.get_path("stdlib"))
-    archive.copy(executable, str(executable))
-    archive.symlink("usr/bin/python3", str(executable))
-    archive.tree(standard_library, str(standard_library), WITHOUT)
+def _python() -> tuple[Path, Path]:
+    """This machine's Python: the program, and the standard library."""
+    return Path(os.path.realpath(sys._base_executable)), Path(sysconfig.get_path("stdlib"))
+
+
+def _add_python(archive: Archive) -> None:
+    """Adds this machine's Python, moved below /usr: a service that may not see /root or /home must find it."""
+    executable, standard_library = _python()
+    program = f"/usr/bin/{executable.name}"
+    archive.copy(executable, program)
+    archive.symlink("usr/bin/python3", program)
+    archive.tree(standard_library, f"/usr/{standard_library.relative_to(sys.base_prefix)}", WITHOUT)
+
+
+@functools.cache
+def shared_libraries() -> dict[str, Path]:
+    """The image's shared libraries, by name."""
+    userland = userland_prefix()
+    of_chrony = libraries([userland / "usr/sbin/chronyd", userland / "usr/bin/chronyc"], userland)
+    executable, standard_library = _python()
     extensions = (standard_library / "lib-dynload").glob("*.so")
-    extensions = [extension for extension in extensions if "tkinter" not in extension.name]
-    return _libraries([executable, *extensions])
+    of_python = libraries([executable, *(extension for extension in extensions if "tkinter" not in extension.name)])
+    return merged(of_python, of_chrony)
 
 
-def _libraries(programs: list[Path], root: Path | None = None) -> dict[str, Path]:
+def merged(first: dict[str, Path], second: dict[str, Path]) -> dict[str, Path]:
+    """Of two libraries with the same name the newer serves both; which system's is newer, its libc tells."""
+    return first | second if _libc(second) >= _libc(first) else second | first
+
+
+def libraries(programs: list[Path], root: Path | None = None) -> dict[str, Path]:
     """The shared libraries that programs need, by name; from an unpacked prefix, or from this machine."""
     loader = Path("/lib64", LOADER)
     command = [str(loader)]
     if root:
         directories = debs.library_dirs(root)
         loader = next(path for path in (directory / LOADER for directory in directories) if path.exists())
+        directories += [directory / "systemd" for directory in directories]  # where its own lie
         command = [str(loader), "--library-path", ":".join(map(str, directories))]
     found = {LOADER: loader}
     for program in programs:
@@ -197,8 +221,8 @@ def _libraries(programs: list[Path], root: Path | None = None) -> dict[str, Path
     return found
 
 
-def _libc(libraries: dict[str, Path]) -> tuple[int, ...]:
-    command = [str(libraries[LOADER]), str(libraries["libc.so.6"])]
+def _libc(found: dict[str, Path]) -> tuple[int, ...]:
+    command = [str(found[LOADER]), str(found["libc.so.6"])]
     says = subprocess.check_output(command, text=True, timeout=30)
     return tuple(map(int, re.search(r"version (\d+)\.(\d+)", says).groups()))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests import debs
-from tests.guest import build
+from tests.guest import build, figures
 from tests.guest.guest import Guest
 
 
@@ -43,3 +43,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     report = yield
     item.failed = getattr(item, "failed", False) or report.failed
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was measured, beside what is promised."""
+    if figures.kept:
+        terminalreporter.section("figures of the guest")
+        terminalreporter.write_line("\n".join([*figures.table(figures.kept), f"all of them: {figures.results()}"]))

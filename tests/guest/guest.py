@@ -22,7 +22,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +36,7 @@ BOOT_TIMEOUT_S = 60.0
 AGENT_TIMEOUT_S = 30.0
 RING = "/run/samples"
 KERNEL_OPTIONS = (
-    "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on audit=0 cryptomgr.notests "
-    "8250.nr_uarts=1"
+    "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on cryptomgr.notests 8250.nr_uarts=1"
 )
 
 
@@ -63,17 +62,20 @@ class Event(NamedTuple):
 class Guest:
     """A virtual machine with a vmclock page, its own temporary directory, and its own clock to do with as one likes.
 
-    `overlay` holds more files for the initramfs, by path in the guest: bytes, or a path on this machine. `tsc` is
-    the kernel's option: with "" an in-process loadvm costs the guest its TSC. `notification` makes every restore
-    raise the device's notification (set NOTIFICATION_PRESENT in the page before the driver is loaded). The logs
-    in `directory` are kept after an error inside the with statement, or with `keep` set to true.
+    `layers` are archives on top of the initramfs; `overlay` holds more files for it, by path in the guest: bytes, or
+    a path on this machine. `tsc` is the kernel's option: with "" an in-process loadvm costs the guest its TSC. `audit`
+    makes the kernel log what AppArmor denies. `notification` makes every restore raise the device's notification (set
+    NOTIFICATION_PRESENT in the page before the driver is loaded). The logs in `directory` are kept after an error
+    inside the with statement, or with `keep` set to true.
     """
 
     def __init__(
         self,
         *,
+        layers: Sequence[Path] = (),
         overlay: Mapping[str, bytes | Path] | None = None,
         tsc: str = "reliable",
+        audit: bool = False,
         notification: bool = False,
         cpus: int = 1,
         memory_mb: int = MEMORY_MB,
@@ -89,12 +91,12 @@ class Guest:
         self._samples: list[truth.Sample] = []
         self._samples_read = 0
         try:
-            self._pack(image.initramfs, overlay or {}, notification)
+            self._pack([image.initramfs, *layers], overlay or {}, notification)
             (self.directory / "state.qcow2").write_bytes(empty_disk())
             self._arguments = [
                 *("-machine", "q35,accel=tcg", "-cpu", "max", "-smp", str(cpus), "-m", str(memory_mb)),
                 *("-kernel", str(image.kernel), "-initrd", str(self.directory / "initramfs")),
-                *("-append", f"{KERNEL_OPTIONS} {f'tsc={tsc}' if tsc else ''}"),
+                *("-append", f"{KERNEL_OPTIONS} audit={audit:d} {f'tsc={tsc}' if tsc else ''}"),
                 *("-device", "vmclock"),
                 *(("-device", "vmgenid,guid=auto") if notification else ()),
                 *("-drive", f"if=none,id=state,format=qcow2,cache=unsafe,file={self.directory}/state.qcow2"),
@@ -190,6 +192,10 @@ class Guest:
 
     def chronyd(self, *configuration: str) -> Background:
         """A chronyd that disciplines the guest's clock, by these lines and those that every test needs."""
+        self.configure_chronyd(*configuration)
+        return self.start("chronyd", "-d", "-u", "root", output="/run/chronyd.log")
+
+    def configure_chronyd(self, *configuration: str) -> None:
         lines = [
             *configuration,
             "leapseclist /etc/chrony/leap-seconds.list",
@@ -197,7 +203,6 @@ class Guest:
             *("allow 127.0.0.1", "bindaddress 127.0.0.1", "cmdport 0"),
         ]
         self.write("/etc/chrony/chrony.conf", "\n".join(lines) + "\n")
-        return self.start("chronyd", "-d", "-u", "root", output="/run/chronyd.log")
 
     def wait_normal(self, timeout_s: float = 60.0) -> None:
         """Until chronyd is synchronised."""
@@ -250,11 +255,11 @@ class Guest:
         self._stopped_at = None
         self._machine.command("cont")
 
-    def migrate(self, lost_s: float = 0.0, frequency_ppm: float = 0.0, **fields: int) -> Event:
+    def migrate(self, lost_s: float = 0.0, frequency_ppm: float = 0.0, publish: bool = True, **fields: int) -> Event:
         """A live migration, as the guest sees it: stop, publish a new marker and a new line, go on (see `resume`)."""
         self.stop()
         fields.setdefault("disruption_marker", self.page().disruption_marker + 1)
-        return self.resume(lost_s=lost_s, frequency_ppm=frequency_ppm, **fields)
+        return self.resume(lost_s=lost_s, frequency_ppm=frequency_ppm, publish=publish, **fields)
 
     def save(self, name: str = "saved") -> None:
         """Saves the machine's state (savevm) and leaves the guest paused."""
@@ -290,14 +295,20 @@ class Guest:
         """Lets a paused guest go on, on a new line: `lost_s` ahead of the old one and gaining `frequency_ppm` on it.
 
         By default true time has gone on by what this machine's clock says. With `publish`, the new host publishes
-        the line (and `fields`) before the guest's first instruction; without, the page is as QEMU leaves it.
+        the line before the guest's first instruction; without, the page's time is that of the old line. `fields` go
+        into the page in both cases.
         """
         if self._stopped_at is None:
             raise GuestError("the guest is not paused")
         if lost_s is None:
             lost_s = (time.time_ns() - self.truth.last.ns(self._stopped_at)) / NANOSECONDS
         line = self.truth.last.moved(self._stopped_at, lost_s, frequency_ppm)
-        event = self.publish(line, **fields) if publish else self.declare(line)
+        if publish:
+            event = self.publish(line, **fields)
+        else:
+            if fields:
+                self.publish(**fields)
+            event = self.declare(line)
         self.cont()
         return event
 
@@ -421,13 +432,14 @@ class Guest:
         """What the guest's kernel and the agent said on the serial console."""
         return (self.directory / "console.log").read_text(errors="replace")
 
-    def _pack(self, initramfs: Path, overlay: Mapping[str, bytes | Path], notification: bool) -> None:
+    def _pack(self, archives: Sequence[Path], overlay: Mapping[str, bytes | Path], notification: bool) -> None:
         with open(self.directory / "initramfs", "wb") as packed:
             if notification:
                 tables = Archive()
                 tables.file("kernel/firmware/acpi/notify.aml", acpi.notifying_table())
                 packed.write(tables.finish())  # the kernel looks for tables in the first archive only
-            packed.write(initramfs.read_bytes())
+            for archive in archives:
+                packed.write(archive.read_bytes())
             if overlay:
                 files = Archive()
                 for path, content in overlay.items():

@@ -5,8 +5,7 @@
         lab.warm()
         row = lab.row("lose 0.1", lab.guest.migrate(lost_s=0.1, frequency_ppm=20))
 
-Rows are printed, and appended to `rows.jsonl` in the directory that VMCLOCK_GUEST_RESULTS names (or one of its own).
-Seconds in a row are true ones since the guest went on; signs are the project's.
+Rows are kept by figures.keep. Seconds in a row are true ones since the guest went on; signs are the project's.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import debs
-from tests.guest import page, truth
+from tests.guest import figures, page, truth
+from tests.guest.figures import Row
 from tests.guest.guest import Background, Event, Guest, GuestError
 from tests.guest.page import NANOSECONDS, Line
 
@@ -55,8 +55,6 @@ time.sleep(seconds)
 last = look()
 print((last[0] - first[0]) / seconds / 1e7, (last[1] - first[1]) / seconds)
 """
-
-Row = dict[str, Any]
 
 
 @functools.cache
@@ -94,28 +92,12 @@ def _compile(wheel: Path, directory: Path) -> None:
             archive.write(path, path.relative_to(directory))
 
 
-@functools.cache
-def results() -> Path:
-    """The directory for the figures."""
-    directory = Path(os.environ.get("VMCLOCK_GUEST_RESULTS") or tempfile.mkdtemp(prefix="vmclock-guest-results-"))
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
-
-
-def keep(row: Row) -> Row:
-    """Prints a row of figures and appends it to the file."""
-    line = json.dumps(row)
-    print(line, flush=True)
-    with open(results() / "rows.jsonl", "a") as file:
-        file.write(line + "\n")
-    return row
-
-
 class Lab:
     """A guest with a published page, the driver, the sampler, chronyd, and the daemon from its wheel."""
 
-    def __init__(self, watch: str | None = "0.001", **options: Any) -> None:
-        self.guest = Guest(**options)
+    def __init__(self, watch: str | None = "0.001", cpus: int = 2, **options: Any) -> None:
+        self.guest = Guest(cpus=cpus, **options)
+        self.cpus = cpus
         self.watch = watch
         self.daemon: Background | None = None
         self.chronyd: Background | None = None
@@ -139,12 +121,16 @@ class Lab:
         self, *options: str, chronyd: tuple[str, ...] = (REFCLOCK, *DEBIAN), line: Line | None = None, **fields: int
     ) -> None:
         """Page, driver, sampler, chronyd, daemon; `options` are the daemon's, `fields` the page's."""
+        self.prepare(line, **fields)
+        self.start_chronyd(*chronyd)
+        self.start_daemon(*options)
+
+    def prepare(self, line: Line | None = None, **fields: int) -> None:
+        """All but chronyd and the daemon."""
         self.guest.install_wheel(wheel())
         self.guest.publish(line or self.guest.host_line(), **fields)
         self.guest.load_driver()
         self.guest.sample_clock()
-        self.start_chronyd(*chronyd)
-        self.start_daemon(*options)
 
     def start_chronyd(self, *lines: str) -> None:
         self.chronyd = self.guest.chronyd(*(lines or (REFCLOCK, *DEBIAN)))
@@ -246,12 +232,12 @@ class Lab:
         `usable` is the first page that told the new host's time, where that was not the event's own.
         """
         self.guest.watch(event, quiet_s=quiet_s, timeout_s=timeout_s)
-        return keep(self.figures(name, event, usable) | more)
+        return figures.keep(self.figures(name, event, usable) | more)
 
     def figures(self, name: str, event: Event, usable: Event | None = None) -> Row:
         samples = self.guest.samples()
         records = self.journal()
-        row: Row = {"name": name, "watch": self.watch or "default"}
+        row: Row = {"name": name, "watch": self.watch or "default", "cpus": self.cpus}
         row |= truth.react(samples, event.sequence, event.line)._asdict()
         begin = next(i for i, sample in enumerate(samples) if truth._reached(sample.sequence, event.sequence))
         moment, after = samples[begin - 1].counter, samples[begin:]
@@ -263,6 +249,7 @@ class Lab:
             record = records[-1]
             row["detected_s"] = (detected_ns(record, after) - event.line.ns(moment)) / NANOSECONDS
             usable_s = max(usable_s, row["detected_s"])
+            row["unsynchronised_s"] -= usable_s - row["detected_s"]  # chronyd can only wait for the new host to publish
             row["record"] = record
         row["usable_s"] = usable_s
         until_s = row["over_1us_until_s"]

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from tests.guest import page
-from tests.guest.scenarios import Lab, keep, wheel
+from tests.guest.figures import keep
+from tests.guest.scenarios import Lab, wheel
 from tests.guest.test_scenarios import SLACK
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]

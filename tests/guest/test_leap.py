@@ -10,8 +10,9 @@ import time
 import pytest
 
 from tests.guest import counter, page
+from tests.guest.figures import keep
 from tests.guest.page import NANOSECONDS, Line
-from tests.guest.scenarios import Lab, keep
+from tests.guest.scenarios import Lab
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 
@@ -29,7 +30,7 @@ def test_leap(name: str, announced: int, done: int, inserted: int) -> None:
     with Lab() as lab:
         guest = lab.guest
         host = guest.host_line()
-        began_ns = june - 75 * NANOSECONDS
+        began_ns = june - 45 * NANOSECONDS
         line = Line.through(host.counter, began_ns, counter.frequency_hz())
         guest.run("date", "-s", f"@{began_ns // NANOSECONDS}")
         lab.boot("--log-samples", LOG, line=line, leap_indicator=announced)

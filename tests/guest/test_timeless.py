@@ -8,9 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from tests.guest import page
+from tests.guest.figures import keep
 from tests.guest.guest import Event
-from tests.guest.scenarios import DEBIAN, REFCLOCK, Lab, compiled, keep
+from tests.guest.scenarios import DEBIAN, REFCLOCK, Lab, compiled
 from tests.guest.test_scenarios import SLACK
+from tests.harness import wait_until
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 
@@ -22,11 +24,10 @@ NTP = f"server 127.0.0.1 port {NTP_PORT} iburst minpoll 4 maxpoll 4"
 
 def boot(lab: Lab, *options: str) -> None:
     """As Lab.boot, with an NTP server in the guest; the page loses its time once the driver has its PTP clock."""
-    guest = lab.guest
-    guest.start("/usr/bin/ntp_server", str(NTP_PORT))
-    lab.boot(*options, chronyd=(REFCLOCK, NTP, *DEBIAN))
-    lab.end(lab.daemon)
-    guest.publish(guest.truth.last, **TIMELESS)
+    lab.guest.start("/usr/bin/ntp_server", str(NTP_PORT))
+    lab.prepare()
+    lab.guest.publish(lab.guest.truth.last, **TIMELESS)
+    lab.start_chronyd(REFCLOCK, NTP, *DEBIAN)
     lab.start_daemon(*options)
     lab.state("watching")
     lab.wait()
@@ -39,7 +40,7 @@ def served() -> Lab:
 def test_ntp() -> None:
     with served() as lab:
         boot(lab)
-        time.sleep(20)
+        time.sleep(10)
         keep({"name": "steady on NTP", **lab.steady()})
         for name, cause in (
             ("no time, NTP: lose 20", lambda: lab.guest.migrate(lost_s=20, **TIMELESS)),
@@ -67,7 +68,7 @@ def check_ntp(lab: Lab, name: str, cause: Callable[[], Event]) -> None:
 def test_fallback() -> None:
     with served() as lab:
         boot(lab, "--fallback", "/dev/ptp0")
-        time.sleep(30)
+        wait_until(lambda: "fallback /dev/ptp0: says TAI, 37 s ahead" in lab.daemon.said(), "the fallback's time scale")
         for name, cause in (
             ("no time, fallback: lose 20, first", lambda: lab.guest.migrate(lost_s=20, **TIMELESS)),
             ("no time, fallback: lose 20", lambda: lab.guest.migrate(lost_s=20, **TIMELESS)),
