@@ -5,7 +5,7 @@ Layout and meaning of the page: Linux, include/uapi/linux/vmclock-abi.h (version
 
 from __future__ import annotations
 
-from struct import error, pack_into, unpack_from
+from struct import Struct, calcsize, error, pack_into, unpack_from
 
 # ---- The page ------------------------------------------------------------------------------------------
 
@@ -38,8 +38,19 @@ FIELDS = (
     ("time_maxerror_nanosec", 0x60, "Q"),
     ("vm_generation_counter", 0x68, "Q"),
 )
-_BYTES = {"B": 1, "H": 2, "h": 2, "I": 4, "Q": 8}
-_FIELD_END = {name: offset + _BYTES[code] for name, offset, code in FIELDS}
+_FIELD_END = {name: offset + calcsize("<" + code) for name, offset, code in FIELDS}
+
+
+def _layout() -> Struct:
+    """The fields in a row, with what lies between them left out."""
+    text, end = "<", 0
+    for name, offset, code in FIELDS:
+        text += "x" * (offset - end) + code
+        end = _FIELD_END[name]
+    return Struct(text)
+
+
+_LAYOUT = _layout()
 
 #: What `size` must cover at the least for the page to be of any use: the disruption marker.
 SMALLEST_SIZE = _FIELD_END["disruption_marker"]
@@ -146,9 +157,8 @@ class Snapshot:
         self.raw = raw
         (size,) = unpack_from("<I", raw, 4)
         covered = max(size, SMALLEST_SIZE)
-        for name, offset, code in FIELDS:
-            there = _FIELD_END[name] <= covered
-            setattr(self, name, unpack_from("<" + code, raw, offset)[0] if there else None)
+        for (name, end), value in zip(_FIELD_END.items(), _LAYOUT.unpack_from(raw), strict=True):
+            setattr(self, name, value if end <= covered else None)
 
     def has(self, flag: int) -> bool:
         """Whether ``flag`` (one of the constants above) is set, in a page that has flags at all."""

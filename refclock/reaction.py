@@ -128,6 +128,7 @@ class Reaction:
         self._stage = "step" if self._policy.corrects else "follow"
         self._stepped = False
         self._awaited = None
+        self._is_newcomer = False
         self._points.clear()
         self._quick_until_ns = now_ns + QUICK_FOR_NS
         self._rate.interrupt()

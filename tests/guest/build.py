@@ -241,7 +241,10 @@ def _sampler() -> bytes:
 
 
 if __name__ == "__main__":
-    made = image()
+    try:
+        made = image()
+    except debs.Unobtainable as error:
+        sys.exit(f"no guest: {error}")
     print("qemu     ", *made.qemu)
     print("kernel   ", made.kernel)
     print("initramfs", made.initramfs, f"({made.initramfs.stat().st_size >> 20} MiB)")

@@ -10,13 +10,16 @@ from tests import debs
 from tests.guest import build, figures
 from tests.guest.guest import Guest
 
+NO_GUEST = "NO GUEST"
 
-@pytest.fixture(scope="session")
+
+@pytest.fixture(scope="session", autouse=True)
 def guest_image() -> build.Image:
+    """What every test here needs: without it they are skipped."""
     try:
         return build.image()
     except debs.Unobtainable as error:
-        pytest.skip(f"NO GUEST: {error}")
+        pytest.skip(f"{NO_GUEST}: {error}")
 
 
 @pytest.fixture
@@ -38,15 +41,12 @@ def boot(guest_image: build.Image, request: pytest.FixtureRequest) -> Iterator[C
         guest.close()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-    report = yield
-    item.failed = getattr(item, "failed", False) or report.failed
-    return report
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was measured, beside what is promised."""
     if figures.kept:
         terminalreporter.section("figures of the guest")
         terminalreporter.write_line("\n".join([*figures.table(figures.kept), f"all of them: {figures.results()}"]))
+    missed = [report for report in terminalreporter.stats.get("skipped", ()) if NO_GUEST in str(report.longrepr)]
+    if missed:
+        terminalreporter.section(f"{len(missed)} TESTS HAVE NOT SEEN A GUEST", red=True)
+        terminalreporter.write_line(str(missed[0].longrepr[2]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.guest import baselines, build
+from tests.guest import baselines
 from tests.guest.figures import keep
 from tests.guest.test_scenarios import RESTORED_S
 
@@ -12,6 +12,6 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("name", ["phc-poll-2-lose-0.1:20", "phc-poll-2-restore-20"])
-def test_baseline(guest_image: build.Image, name: str) -> None:
+def test_baseline(name: str) -> None:
     row = keep({"name": f"without the daemon: {name}", **baselines.measure(baselines.ROWS[name])})
     assert row["over_1ms_while_normal_s"] > RESTORED_S, "chronyd alone needs no help"
