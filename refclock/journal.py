@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+from .clerk import at_once
 from .model import RECORD_KEYS
 
 TYPE_CHECKING = False
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .policy import Record
+
+    Do = Callable[..., None]
 
 BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
 LAST_SEEN = "last-seen.json"
@@ -32,13 +35,14 @@ def _make_directory(path: str) -> None:
 class Journal:
     """The journal, appended to: JSON Lines, one for each time a record is seen or closed.
 
-    A disk that refuses is said once and does not hold up anything.  The last KEPT records are kept in memory for
-    those who ask: a closed one as its line, which is small; an open one alive.
+    A disk that refuses is said once.  It does not hold up anything, where ``do`` is a clerk's.  The last KEPT records
+    are kept in memory for those who ask: a closed one as its line, which is small; an open one alive.
     """
 
-    def __init__(self, path: str, log: Callable[[str, str], None]) -> None:
+    def __init__(self, path: str, log: Callable[[str, str], None], do: Do = at_once) -> None:
         self.path = path
         self._log = log
+        self._do = do
         self._failed = False
         self._kept: dict[int, str | Record] = {}
         self._left_open: list[dict[str, Any]] = []
@@ -74,11 +78,7 @@ class Journal:
                 self._keep(fields["id"], lines[-1])
             self._left_open.clear()
         self._keep(record.id, record if record.is_open else line)
-        try:
-            self._append("".join(f"{line}\n" for line in lines).encode())
-            self._failed = False
-        except OSError as error:
-            self._fail(error)
+        self._do(self._append, "".join(f"{line}\n" for line in lines).encode())
 
     def _keep(self, id: int, kept: str | Record) -> None:
         self._kept[id] = kept
@@ -86,6 +86,13 @@ class Journal:
             del self._kept[min(self._kept)]
 
     def _append(self, text: bytes) -> None:
+        try:
+            self._write(text)
+            self._failed = False
+        except OSError as error:
+            self._fail(error)
+
+    def _write(self, text: bytes) -> None:
         _make_directory(self.path)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
@@ -127,9 +134,10 @@ def latest(records: Iterable[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]
 class LastSeen:
     """The marker and generation last seen on a device in this boot, kept in the state directory."""
 
-    def __init__(self, directory: str, device: str, log: Callable[[str, str], None]) -> None:
+    def __init__(self, directory: str, device: str, log: Callable[[str, str], None], do: Do = at_once) -> None:
         self._path = os.path.join(directory, LAST_SEEN)
         self._log = log
+        self._do = do
         self._failed = False
         self._saved: tuple[int | None, int | None] | None = None
         self._where = {"device": os.path.realpath(device), "boot_id": _boot_id()}
@@ -148,32 +156,35 @@ class LastSeen:
         return marker, generation
 
     def save(self, marker: int | None, generation: int | None) -> None:
-        """Keeps them, where they differ from what is kept.
-
-        In place and in one write: a new file renamed over the old one makes ext4 wait for the disk, up to a second
-        when others write much, and in that time nobody would look at the page.
-        """
+        """Keeps them, where they differ from what is kept; what could not be kept is tried again by the next call."""
         if (marker, generation) == self._saved:
             return
+        self._saved = (marker, generation)
         values = {**self._where, "disruption_marker": marker, "generation": generation}
+        content = json.dumps(values).encode() + b"\n"
+        self._do(self._keep, content + b" " * (-len(content) % SECTOR))
+
+    def _keep(self, content: bytes) -> None:
         try:
-            _make_directory(self._path)
-            content = json.dumps(values).encode() + b"\n"
-            content += b" " * (-len(content) % SECTOR)
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                os.pwrite(descriptor, content, 0)
-                if os.fstat(descriptor).st_size > len(content):
-                    os.ftruncate(descriptor, len(content))
-            finally:
-                os.close(descriptor)
-            self._saved = (marker, generation)
+            self._write(content)
             self._failed = False
         except OSError as error:
+            self._saved = None
             if not self._failed:
                 cure = "a disruption while this daemon is down will go unnoticed"
                 self._log("warning", f"state {self._path}: {error.strerror}; {cure}")
             self._failed = True
+
+    def _write(self, content: bytes) -> None:
+        """In place and in one write: a crash leaves the old or the new, and no other file is left behind."""
+        _make_directory(self._path)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.pwrite(descriptor, content, 0)
+            if os.fstat(descriptor).st_size > len(content):
+                os.ftruncate(descriptor, len(content))
+        finally:
+            os.close(descriptor)
 
 
 def _boot_id() -> str:

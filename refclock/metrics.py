@@ -17,6 +17,7 @@ import os
 import stat
 
 from ._version import __version__
+from .clerk import at_once
 from .model import CLOCK_STATUSES, STATES, WITHHELD
 
 TYPE_CHECKING = False
@@ -208,11 +209,13 @@ class MetricsFile:
     so.  A disk that refuses is said once.
     """
 
-    def __init__(self, path: str | None, log: Callable[[str, str], None]) -> None:
+    def __init__(self, path: str | None, log: Callable[[str, str], None], do: Callable[..., None] = at_once) -> None:
         self._path = path
         self._log = log
+        self._do = do
         self._state = ""
         self._due_ns = 0
+        self._is_busy = False
         self._written = False
         self._said: str | None = None
 
@@ -226,16 +229,22 @@ class MetricsFile:
         if now_ns < self._due_ns:
             return
         self._due_ns = now_ns + WRITE_NS
+        if not self._is_busy:
+            self._is_busy = True
+            self._do(self._write, self._path, render(status()).encode())
+
+    def _write(self, path: str, text: bytes) -> None:
         error = None
         try:
-            _replace(self._path, render(status()).encode())
+            _replace(path, text)
             self._written = True
         except OSError as problem:
             error = problem.strerror or str(problem)
+        self._is_busy = False
         if error != self._said:
             self._said = error
             what = f"not written: {error}; they are tried again" if error else "written again"
-            self._log("warning" if error else "info", f"metrics {self._path}: {what}")
+            self._log("warning" if error else "info", f"metrics {path}: {what}")
 
     def due_ns(self) -> int | None:
         """When :meth:`tick` is due, or None."""
@@ -251,9 +260,13 @@ class MetricsFile:
 
     def close(self) -> None:
         """Removes the file."""
-        if self._path is not None and self._written:
+        if self._path is not None:
+            self._do(self._remove, self._path)
+
+    def _remove(self, path: str) -> None:
+        if self._written:
             try:
-                os.unlink(self._path)
+                os.unlink(path)
             except OSError:
                 pass
         self._written = False

@@ -7,6 +7,7 @@ import signal
 import time
 from select import POLLIN, poll
 
+from .clerk import Clerk
 from .errors import PageInvalid, PageStalled, RefclockError, SampleWithheld
 from .journal import Journal, LastSeen
 from .log import Log
@@ -34,6 +35,8 @@ NSEC_PER_SEC = 1_000_000_000
 #: How often the path is looked at for another device in its place, and a device that is not there for its coming.
 IDENTITY_NS = NSEC_PER_SEC
 REOPEN_NS = NSEC_PER_SEC // 4
+#: How long disks are waited for at the end.
+PATIENCE_S = 5.0
 
 
 class Service:
@@ -59,8 +62,9 @@ class Service:
         self._told = ("", "", False)
         self._news: list[Action] = []
         self._server = Server(settings.status)
-        self._journal = Journal(str(settings.journal), log)
-        self._last_seen = LastSeen(settings.state_dir, settings.device, log)
+        self._clerk = Clerk()
+        self._journal = Journal(str(settings.journal), log, self._clerk.do)
+        self._last_seen = LastSeen(settings.state_dir, settings.device, log, self._clerk.do)
         self._policy = Policy(
             max_error_ns=settings.max_error,
             has_chronyd=settings.chronyd is not None,
@@ -70,7 +74,7 @@ class Service:
         )
         self._reaction = Reaction(settings, self._policy, log)
         self._sample_log = SampleLog(settings.log_samples, log)
-        self._metrics = MetricsFile(settings.metrics, log)
+        self._metrics = MetricsFile(settings.metrics, log, self._clerk.do)
         self._hooks = Hooks(settings.hook, log)
         self._supervisor = Supervisor()
         self._sinks: list[Sink] = _make_sinks(settings, log)
@@ -109,6 +113,8 @@ class Service:
         self._server.close()
         if self._page is not None:
             self._page.close()
+        if not self._clerk.close(PATIENCE_S):
+            self._log("warning", f"a disk has not answered for {PATIENCE_S:g} s: what was to be written is lost")
 
     # ---- 1. Look and act -----------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ TABLE: dict[str, set[str]] = {
     "timescale": {"model"},
     "policy": {"model"},
     "rate": set(),
+    "clerk": set(),
     "sink": set(),
     "sock": {"sink", "errors"},
     "segment": {"sink", "errors"},

@@ -1,0 +1,87 @@
+"""refclock.clerk: in order, off the caller's way, and nothing left undone; and a daemon whose disk stalls."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from refclock.clerk import Clerk, at_once
+from tests.harness import RunningDaemon, Simulator, SockListener, wait_until
+
+TIMEOUT_S = 10.0
+
+
+def test_in_order_and_not_in_the_caller_s_thread() -> None:
+    clerk, done = Clerk(), []
+    for number in range(1000):
+        clerk.do(lambda number: done.append((number, _thread.get_ident())), number)
+    assert clerk.close(TIMEOUT_S)
+    assert [number for number, _ in done] == list(range(1000))
+    assert _thread.get_ident() not in {thread for _, thread in done}
+
+
+def test_the_caller_does_not_wait() -> None:
+    clerk, disk, done = Clerk(), threading.Event(), []
+    clerk.do(disk.wait, TIMEOUT_S)
+    clerk.do(done.append, 1)
+    assert not clerk.close(0.01) and not done
+    disk.set()
+    assert clerk.close(TIMEOUT_S) and done == [1]
+
+
+def test_no_thread_without_work() -> None:
+    clerk, before = Clerk(), _thread._count()
+    assert clerk.close(0)
+    for _ in range(100):
+        clerk.do(lambda: None)
+        assert clerk.close(TIMEOUT_S)
+    wait_until(lambda: _thread._count() <= before, what="an end of the clerk's thread")
+
+
+def test_where_no_thread_may_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    clerk, done = Clerk(), []
+    clerk.do(done.append, 1)
+    clerk.do(done.append, 2)
+    assert done == [1, 2] and clerk.close(0)
+
+
+def test_at_once() -> None:
+    done: list[int] = []
+    at_once(done.append, 1)
+    assert done == [1]
+
+
+def test_a_disk_that_stalls(
+    short_path: Path,
+    simulate: Callable[..., Simulator],
+    daemon: Callable[..., RunningDaemon],
+    listener: SockListener,
+    native: Callable[..., Path],
+) -> None:
+    """What is written to it is late. The clock, those who are fed and those who ask notice nothing."""
+    state, stalled = short_path / "state", short_path / "stalled"
+    library = native("stall_disk", "-shared", "-fPIC")
+    simulator = simulate()
+    prefix = ("env", f"LD_PRELOAD={library}", f"STALL_UNDER={state}", f"STALL_WHILE={stalled}")
+    running = daemon(prefix=prefix, sock=listener.path, state_dir=state, metrics=state / "metrics")
+    running.wait_state("synchronised")
+    journal = state / "journal.jsonl"
+    stalled.touch()
+    for number in (1, 2):
+        simulator.do("disrupt offset=0.0001")
+        record = running.wait_until(lambda status, number=number: status["disruptions"] == number)["last_disruption"]
+        assert record["id"] == number
+        running.wait_state("synchronised")
+        listener.fresh(20)
+    assert not journal.exists()
+    stalled.unlink()
+    wait_until(lambda: journal.exists() and len(journal.read_text().splitlines()) == 4, what="the journal")
+    wait_until((state / "metrics").exists, what="the metrics")
