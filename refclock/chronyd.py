@@ -294,12 +294,14 @@ class Chronyd:
     late.  Keep at most one `tracking` under way: a chronyd that does not read may have room for no more than ten.
 
     ``error`` says in words why chronyd could not be talked to the last time, and is empty when it could.
+    ``connections`` counts: another one is another chronyd, or may be.
     """
 
     def __init__(self, path: str = DEFAULT_PATH, *, timeout_ns: int = 250_000_000, attempts: int = 4) -> None:
         """The first attempt is given ``timeout_ns``, each one after it twice as long as the one before."""
         self.path = os.path.abspath(path)  # chronyd must find the own socket, whatever its working directory
         self.error = "not asked yet"
+        self.connections = 0
         self._timeout_ns = timeout_ns
         self._attempts = attempts
         self._socket: socket.socket | None = None
@@ -473,6 +475,7 @@ class Chronyd:
             raise
         self._names = (_identity(self.path), _identity(self._own))
         self._socket = connection
+        self.connections += 1
         return connection
 
     def _refusal(self, error: OSError) -> RefclockError:

@@ -22,9 +22,11 @@ class Clerk:
         self._lock = _thread.allocate_lock()  # of what follows, and of the end of the tasks
         self._works = False
         self._at_rest = _thread.allocate_lock()  # held while it works
+        self._has_news = False
 
     def do(self, task: Callable[..., None], *arguments: object) -> None:
         """Calls ``task`` soon.  It must not raise, and what it shares with the caller it may only set."""
+        self._has_news = True
         with self._lock:
             self._tasks.append((task, arguments))
             if self._works:
@@ -35,6 +37,12 @@ class Clerk:
             _thread.start_new_thread(self._work, ())
         except RuntimeError:  # no thread may be started here: better late than never
             self._work()
+
+    def settle(self, timeout_s: float) -> None:
+        """Waits, if something was given since the last time, until it is done; but no longer than that."""
+        if self._has_news:
+            self._has_news = False
+            self.close(timeout_s)
 
     def close(self, timeout_s: float) -> bool:
         """Waits until everything is done; whether it is.  A disk that never answers is not waited for for ever."""

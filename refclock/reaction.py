@@ -93,7 +93,7 @@ class Reaction:
         self._reset: Request | None = None
         #: The rate to which chronyd sets the kernel while it slews nothing, by its last word; None: not known.
         self._base_rate: float | None = None
-        self._is_newcomer = False
+        self._welcomed = 0
         self._last_by_fallback: Request | None = None
         self._tracking: Request | None = None
         self._last_tracking: Tracking | None = None
@@ -128,7 +128,6 @@ class Reaction:
         self._stage = "step" if self._policy.corrects else "follow"
         self._stepped = False
         self._awaited = None
-        self._is_newcomer = False
         self._points.clear()
         self._quick_until_ns = now_ns + QUICK_FOR_NS
         self._rate.interrupt()
@@ -160,12 +159,10 @@ class Reaction:
 
     def consumer_came(self, now_ns: int) -> None:
         """Somebody takes samples who did not before: a chronyd that has just started, perhaps."""
-        if self._chronyd is None:
-            return
-        self._is_newcomer = True
-        self._tracking = None  # the one that was asked is gone
-        self._next_ask_ns = now_ns
-        self._chronyd.hurry(now_ns)
+        if self._chronyd is not None:
+            self._tracking = None  # the one that was asked is gone
+            self._next_ask_ns = now_ns
+            self._chronyd.hurry(now_ns)
 
     def closed(self, now_ns: int) -> None:
         """The record is closed: nothing is in a hurry any more."""
@@ -396,13 +393,14 @@ class Reaction:
             else:
                 record.note(now_ns, "frequency", True, f"{ppm:+.3f} ppm")
 
-    def _welcome(self, now_ns: int) -> None:
+    def _welcome(self, base_rate: float, now_ns: int) -> None:
         """A chronyd that starts goes by its drift file, which may be of another host: what is known is better."""
-        if self._record is not None or not (self._is_device and self._policy.corrects):
+        assert self._chronyd is not None
+        is_new = self._chronyd.connections != self._welcomed
+        self._welcomed = self._chronyd.connections
+        if not is_new or self._period_before_ns is None or not (self._is_device and self._policy.corrects):
             return
-        if self._base_rate is None or self._period_before_ns is None:
-            return
-        ppm = self._compute_ppm(self._period_before_ns, self._base_rate)
+        ppm = self._compute_ppm(self._period_before_ns, base_rate)
         if ppm is not None and abs(ppm) > LEAST_MEASURED_PPM:
             self._log("notice", f"chronyd has come with a frequency that is {ppm:+.3f} ppm off; it is told")
             self._command(None, "dfreq", dfreq(-ppm), now_ns)
@@ -464,9 +462,8 @@ class Reaction:
             self._tracking = None
             self._last_tracking = tracking = request.tracking
             self._base_rate = None if tracking is None else 1 + tracking.frequency_ppm * 1e-6
-            if self._is_newcomer and tracking is not None:
-                self._is_newcomer = False
-                self._welcome(now_ns)
+            if self._record is None and self._base_rate is not None:
+                self._welcome(self._base_rate, now_ns)
             return self._chronyd_says(tracking.normal if tracking is not None else None, now_ns)
         if request is self._reset and request.ok is False and self._policy.chronyd_normal is False:
             # Handed over, and then refused or never answered: it is as good as absent.

@@ -35,7 +35,8 @@ NSEC_PER_SEC = 1_000_000_000
 #: How often the path is looked at for another device in its place, and a device that is not there for its coming.
 IDENTITY_NS = NSEC_PER_SEC
 REOPEN_NS = NSEC_PER_SEC // 4
-#: How long disks are waited for at the end.
+#: How long disks are waited for: so that what `status` says stands in the journal too, and at the end.
+SETTLE_S = 0.02
 PATIENCE_S = 5.0
 
 
@@ -228,6 +229,7 @@ class Service:
         if self._reaction.hurries(now_ns):
             return  # disks and hooks may be slow
         self._tell_news()
+        self._clerk.settle(SETTLE_S)
         self._hooks.reap()
         self._metrics.tick(now_ns, policy.state, self.status)
         # Reasons may contain figures that change all the time: a change of state is worth a line, and so is

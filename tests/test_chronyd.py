@@ -442,13 +442,16 @@ def test_a_chronyd_that_does_not_read(client: Chronyd, fake: Fake) -> None:
 
 
 def test_a_restart_is_not_noticed_by_the_sender(client: Chronyd, fake: Fake, place: Path) -> None:
+    assert client.connections == 0
     exchange(client, fake, RESET_SOURCES)
     (before,) = own_sockets(place)
+    assert client.connections == 1
     fake.stop()
     fresh = Fake(fake.path)
     with contextlib.closing(fresh.socket):
         for command in (dfreq(4), RESET_SOURCES):
             assert exchange(client, fresh, command).ok
+    assert client.connections == 2
     (after,) = own_sockets(place)
     assert before != after, "the one before it was removed"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,21 @@ def test_the_caller_does_not_wait() -> None:
     assert not clerk.close(0.01) and not done
     disk.set()
     assert clerk.close(TIMEOUT_S) and done == [1]
+
+
+def test_waiting_a_little() -> None:
+    """Once for what was given; a disk that still stalls is not waited for again and again."""
+    clerk, disk, done = Clerk(), threading.Event(), []
+    clerk.do(done.append, 1)
+    clerk.settle(TIMEOUT_S)
+    assert done == [1]
+    clerk.do(disk.wait, TIMEOUT_S)
+    clerk.settle(0.01)
+    began = time.monotonic()
+    clerk.settle(TIMEOUT_S)
+    assert time.monotonic() - began < TIMEOUT_S / 2
+    disk.set()
+    assert clerk.close(TIMEOUT_S)
 
 
 def test_no_thread_without_work() -> None:

@@ -141,6 +141,7 @@ class FakeChronyd:
         self.finished: list[Request] = []
         self.pending: list[Request] = []
         self.asked = 0
+        self.connections = 1
 
     def fileno(self) -> int:
         return CHRONYD_FD
@@ -1056,9 +1057,20 @@ def chronyd_restarts(moved: Guest, drift_ppm: float, for_ns: int = 3 * SEC) -> N
     moved.chronyd.mood = "absent"
     moved.run(for_ns)
     moved.chronyd.mood = "well"
+    moved.chronyd.connections += 1
     moved.chronyd.base *= 1 + drift_ppm * 1e-6
     moved.set_word(moved.chronyd.base, moved.now_ns)
     moved.reaction.consumer_came(moved.now_ns)
+
+
+def test_a_chronyd_that_was_gone_for_a_moment(guest: Callable[..., Guest]) -> None:
+    """So short that no sample was lost: it shows when it is asked."""
+    moved = guest()
+    moved.run(5 * SEC)
+    moved.chronyd.connections += 1
+    moved.chronyd.base *= 1 + 30e-6
+    moved.run(3 * SEC)
+    assert moved.values("dfreq") == [pytest.approx(30, abs=0.1)]
 
 
 @pytest.mark.parametrize("drift_ppm", [30.0, -0.5, 0.1, 0.0])
