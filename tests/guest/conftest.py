@@ -45,7 +45,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was measured, beside what is promised."""
     if figures.kept:
         terminalreporter.section("figures of the guest")
-        terminalreporter.write_line("\n".join([*figures.table(figures.kept), f"all of them: {figures.results()}"]))
+        lines = [*figures.table(figures.kept), *figures.others(figures.kept), f"all of them: {figures.results()}"]
+        terminalreporter.write_line("\n".join(lines))
     missed = [report for report in terminalreporter.stats.get("skipped", ()) if NO_GUEST in str(report.longrepr)]
     if missed:
         terminalreporter.section(f"{len(missed)} TESTS HAVE NOT SEEN A GUEST", red=True)

@@ -21,7 +21,14 @@ Row = dict[str, Any]
 #: What an event was, in a row's key `kind`: stopped, republished and continued; restored in a new QEMU process; the
 #: first after a boot, which pays the emulator's cold start as a restore does.
 CONTINUED, RESTORED, FIRST = "continued", "restored", "first"
-
+#: The name of the rows of test_never_worse.
+NEVER_WORSE = "never worse"
+#: What is worth a word of rows for which nothing is promised in numbers.
+WORTH_SAYING = (
+    *("good_after_host_s", "host_s", "median_ns", "p99_ns", "over_1ms_while_normal_s", "over_1ms_until_s"),
+    *("unsynchronised_s", "worst_at_end_ns", "cpu_percent", "wakeups_per_s", "holdover_s"),
+    *("least_ns", "most_ns", "bracket_bias_median_ns", "worst_5s_before_ns", "worst_5s_after_ns"),
+)
 
 #: What was kept in this run.
 kept: list[Row] = []
@@ -97,9 +104,27 @@ def _line(promise: Promise, values: Sequence[float]) -> str:
     return f"  {promise.what:<40} {promised:>9} {median:>9.3g} {worst:>9.3g}  {kept:<8} {promise.unit}"
 
 
+def others(rows: Sequence[Row]) -> list[str]:
+    """The rest, a line each; and what came of the comparison with a guest that has no daemon."""
+    lines = []
+    for row in rows:
+        if "kind" not in row and row["name"] != NEVER_WORSE:
+            said = (f"{key} {row[key]:.3g}" for key in WORTH_SAYING if row.get(key) is not None)
+            lines.append(f"{row['name']}: {', '.join(said)}")
+    compared = [row for row in rows if row["name"] == NEVER_WORSE]
+    if compared:
+        worse = sum(bool(row["worse_moments"]) for row in compared)
+        lied = sum(row["lied_longer"] for row in compared)
+        lines.append(
+            f"never worse: {len(compared)} events; worse after {worse}, wrong and Normal for longer after {lied}"
+        )
+    return lines
+
+
 def load(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":
-    print("\n".join(table(load(Path(sys.argv[1])))))
+    rows = load(Path(sys.argv[1]))
+    print("\n".join([*table(rows), *others(rows)]))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.guest import page
-from tests.guest.figures import Row, keep
+from tests.guest.figures import NEVER_WORSE, Row, keep
 from tests.guest.guest import Event, Guest
 from tests.guest.scenarios import DEBIAN, REFCLOCK, Lab
 from tests.guest.test_scenarios import CONTINUED_S, RESTORED_S
@@ -166,7 +166,7 @@ def play(sequences: int) -> None:
                 time.sleep(chance.choice([0.3, 1, 3]))
             time.sleep(5)
             for happening, pairs in played:
-                name = {"name": "never worse", "seed": seed, "sequence": sequence, "what": happening.what}
+                name = {"name": NEVER_WORSE, "seed": seed, "sequence": sequence, "what": happening.what}
                 for step, (ours_then, theirs_then) in enumerate(pairs):
                     apart_s = APART_S if step >= happening.blind else float("inf")
                     sides = errors(lab.guest, ours_then), errors(alone, theirs_then)
