@@ -362,10 +362,10 @@ class Chronyd:
         return self._collect()
 
     def hurry(self, now_ns: int) -> None:
-        """Let the next :meth:`tick` try again what could not be handed over: there may be a chronyd now."""
-        for request in self._pending.values():
+        """Try again, at once, to hand over what could not be: there may be a chronyd now."""
+        for request in list(self._pending.values()):
             if not request.delivered:
-                request.deadline_ns = now_ns
+                self._transmit(request, now_ns)
 
     def next_deadline_ns(self) -> int | None:
         """When :meth:`tick` is wanted next (at once, where something is to be reported), or None."""

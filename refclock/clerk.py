@@ -13,19 +13,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Do = Callable[..., None]
+
 
 class Clerk:
     """Does what it is given, one after the other.  For one thread that gives."""
 
-    def __init__(self) -> None:
-        self._tasks: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
-        self._lock = _thread.allocate_lock()  # of what follows, and of the end of the tasks
-        self._works = False
-        self._at_rest = _thread.allocate_lock()  # held while it works
+    def __init__(self, log: Callable[[str, str], None]) -> None:
+        self._log = log
         self._has_news = False
+        self._at_rest = _thread.allocate_lock()  # held while it works
+        self._lock = _thread.allocate_lock()  # of what follows
+        self._works = False
+        self._tasks: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
 
     def do(self, task: Callable[..., None], *arguments: object) -> None:
-        """Calls ``task`` soon.  It must not raise, and what it shares with the caller it may only set."""
+        """Calls ``task`` soon.  What it shares with the caller it may only set."""
         self._has_news = True
         with self._lock:
             self._tasks.append((task, arguments))
@@ -42,9 +45,9 @@ class Clerk:
         """Waits, if something was given since the last time, until it is done; but no longer than that."""
         if self._has_news:
             self._has_news = False
-            self.close(timeout_s)
+            self.wait(timeout_s)
 
-    def close(self, timeout_s: float) -> bool:
+    def wait(self, timeout_s: float) -> bool:
         """Waits until everything is done; whether it is.  A disk that never answers is not waited for for ever."""
         done = self._at_rest.acquire(timeout=timeout_s)
         if done:
@@ -59,7 +62,10 @@ class Clerk:
                     self._at_rest.release()
                     return
                 task, arguments = self._tasks.popleft()
-            task(*arguments)
+            try:
+                task(*arguments)
+            except Exception as error:  # the next one is to be done all the same
+                self._log("error", f"not written: {error!r}; please report this")
 
 
 def at_once(task: Callable[..., None], *arguments: object) -> None:

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+    from .clerk import Do
     from .policy import Record
-
-    Do = Callable[..., None]
 
 BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
 LAST_SEEN = "last-seen.json"
@@ -47,6 +46,7 @@ class Journal:
         self._kept: dict[int, str | Record] = {}
         self._left_open: list[dict[str, Any]] = []
         try:
+            _make_directory(path)
             for _, fields in latest(read(path)):
                 self._keep(fields["id"], _line(fields))
                 if fields.get("recovered_after_ns") is None and fields.get("superseded_by") is None:
@@ -141,6 +141,10 @@ class LastSeen:
         self._failed = False
         self._saved: tuple[int | None, int | None] | None = None
         self._where = {"device": os.path.realpath(device), "boot_id": _boot_id()}
+        try:
+            _make_directory(self._path)
+        except OSError:
+            pass  # it is said when there is something to keep
 
     def load(self) -> tuple[int | None, int | None]:
         """Marker and generation, each None where nothing is known of this device in this boot."""

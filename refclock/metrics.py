@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
+    from .clerk import Do
+
     Samples = list[tuple[dict[str, str], float]]
 
 NSEC_PER_SEC = 1_000_000_000
@@ -209,7 +211,7 @@ class MetricsFile:
     so.  A disk that refuses is said once.
     """
 
-    def __init__(self, path: str | None, log: Callable[[str, str], None], do: Callable[..., None] = at_once) -> None:
+    def __init__(self, path: str | None, log: Callable[[str, str], None], do: Do = at_once) -> None:
         self._path = path
         self._log = log
         self._do = do
@@ -228,10 +230,12 @@ class MetricsFile:
             self._due_ns = min(self._due_ns, now_ns + SETTLE_NS)
         if now_ns < self._due_ns:
             return
+        if self._is_busy:  # a disk that stalls
+            self._due_ns = now_ns + SETTLE_NS
+            return
         self._due_ns = now_ns + WRITE_NS
-        if not self._is_busy:
-            self._is_busy = True
-            self._do(self._write, self._path, render(status()).encode())
+        self._is_busy = True
+        self._do(self._write, self._path, render(status()).encode())
 
     def _write(self, path: str, text: bytes) -> None:
         error = None

@@ -43,6 +43,11 @@ class SystemRate:
         """The clock or the counter has jumped: no interval may span this moment."""
         self._last = None
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the median is over as many intervals as it ever will be."""
+        return len(self._rates) == MOST
+
     def uncorrected_ns(self) -> float | None:
         """Nanoseconds a tick without corrections; None while too little is known."""
         if len(self._rates) < FEWEST:

@@ -6,7 +6,8 @@ The order is the point.  From the moment at which the policy asks for it:
     step       the clock is set, by the first sample of the new calibration
     frequency  the kernel is given the new host's frequency, and chronyd is told: in the same breath, where it is known
                what chronyd goes by; else once its own correction has ended with the reset
-    rest       what the old frequency has made of the time since the step is taken out
+    rest       what the old frequency has made of the time since the step is taken out, and what chronyd had learnt of
+               it since it was last asked
     verify     some tens of milliseconds of samples show whether that was right, or measure what was not known
     settle     what is left of the offset is taken out; chronyd drops what it saw meanwhile; feeding begins again
     follow     chronyd is asked until it is synchronised again
@@ -53,6 +54,8 @@ LEAST_MEASURED_PPM = 0.2
 VERIFY_NS = 20 * MSEC
 MEASURE_NS = 50 * MSEC
 FEWEST_POINTS = 5
+#: The least worth telling a chronyd outside a disruption: it learns less than that by itself in no time.
+LEAST_OWED_PPM = 2.0
 #: `burst`: so many good samples, of so many tries, from each NTP source.
 BURST = (4, 8)
 
@@ -85,6 +88,7 @@ class Reaction:
         self._bursting = False
         self._points: list[tuple[int, int]] = []
         self._points_rate: float | None = None
+        self._applied_ppm = 0.0
         self._correcting_until_ns = 0
         self._quick_until_ns = 0
         # What is asked of chronyd: by whom and under which name, and the last of each kind.
@@ -93,7 +97,10 @@ class Reaction:
         self._reset: Request | None = None
         #: The rate to which chronyd sets the kernel while it slews nothing, by its last word; None: not known.
         self._base_rate: float | None = None
-        self._welcomed = 0
+        #: Whether chronyd may go by another frequency than the page's, and is yet to be told: one that is new starts
+        #: with its drift file's.
+        self._is_owed = False
+        self._connection = 0
         self._last_by_fallback: Request | None = None
         self._tracking: Request | None = None
         self._last_tracking: Tracking | None = None
@@ -128,6 +135,7 @@ class Reaction:
         self._stage = "step" if self._policy.corrects else "follow"
         self._stepped = False
         self._awaited = None
+        self._applied_ppm = 0.0
         self._points.clear()
         self._quick_until_ns = now_ns + QUICK_FOR_NS
         self._rate.interrupt()
@@ -160,7 +168,6 @@ class Reaction:
     def consumer_came(self, now_ns: int) -> None:
         """Somebody takes samples who did not before: a chronyd that has just started, perhaps."""
         if self._chronyd is not None:
-            self._tracking = None  # the one that was asked is gone
             self._next_ask_ns = now_ns
             self._chronyd.hurry(now_ns)
 
@@ -257,18 +264,20 @@ class Reaction:
             bound_ns = (sample.maxerror_ns or 0) + sample.uncertainty_ns
             self._step(record, sample.offset_ns, sample.system_ns, bound_ns, now_ns)
         self._awaited = self._reset
-        if self._is_device and self._hears() and self._base_rate is None:
+        if self._hears() and self._base_rate is None:
             return "frequency"
         return self._do_frequency(record, sample, page, now_ns)
 
     def _do_frequency(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
-        # A reset that was answered has ended what chronyd did besides.
         rate = self._base_rate if self._hears() and self._base_rate is not None else self._clock.rate()
-        record.frequency_ppm = self._compute_ppm(page.period_ns, rate)
+        ppm = self._compute_ppm(page.period_ns, rate)
         self._period_before_ns = page.period_ns
         self._points.clear()
-        if record.frequency_ppm is not None:
-            self._correct_frequency(record, record.frequency_ppm, rate, now_ns)
+        if ppm is not None:
+            # A chronyd that has not answered may be slewing, and what the kernel runs at is no frequency then.
+            if not self._hears() or self._may_tell():
+                record.frequency_ppm = ppm
+            self._correct_frequency(record, ppm, rate, now_ns)
         elif not self._is_device:
             record.note(now_ns, "dfreq", False, "the period before is not known: the frequency is left to chronyd")
         return "rest" if self._is_device else "settle"
@@ -279,9 +288,9 @@ class Reaction:
             self._step_rest(record, sample, now_ns)
             rate = self._clock.rate()
             left_ppm = self._compute_ppm(page.period_ns, rate)
-            if left_ppm is not None and abs(left_ppm) >= LEAST_PPM:
+            if self._hears() and left_ppm is not None and abs(left_ppm) >= LEAST_PPM:
                 # chronyd went by another rate than it had said last.
-                record.frequency_ppm += left_ppm
+                record.frequency_ppm = self._applied_ppm + left_ppm
                 self._correct_frequency(record, left_ppm, rate, now_ns)
         return "verify"
 
@@ -302,12 +311,15 @@ class Reaction:
         ppm, error_ppm = slope_ppm(self._points)
         record.note(now_ns, "verify", True, f"{ppm:+.3f} ppm, give or take {error_ppm:.3f}")
         if abs(ppm) > max(LEAST_MEASURED_PPM, 3 * error_ppm):
-            record.frequency_ppm = (record.frequency_ppm or 0.0) + ppm
+            if record.frequency_ppm is not None:
+                self._rate = SystemRate()  # its constant was wrong
+            record.frequency_ppm = self._applied_ppm + ppm
             self._correct_frequency(record, ppm, rate, now_ns)
         return "settle"
 
     def _do_settle(self, record: Record, sample: Sample, page: Page, now_ns: int) -> str:
         self._step_rest(record, sample, now_ns)
+        self._is_owed = self._is_owed or not (self._hears() and self._knows_rate())
         self._reset_sources(record, now_ns)
         self._bursting = False
         self._correcting_until_ns = 0
@@ -379,7 +391,8 @@ class Reaction:
         if abs(ppm) < LEAST_PPM:
             record.note(now_ns, "dfreq", True, f"{ppm:+.3f} ppm is nothing to correct")
             return
-        if self._hears() and (self._base_rate is not None or self._reset_is_done()):
+        is_applied = self._may_tell()
+        if is_applied:
             self._awaited = self._command(record, "dfreq", dfreq(-ppm), now_ns)
             self._base_rate = self._tracking = None  # what was said before is of before
         else:
@@ -391,20 +404,28 @@ class Reaction:
             except RefclockError as error:
                 record.note(now_ns, "frequency", False, str(error))
             else:
+                is_applied = True
                 record.note(now_ns, "frequency", True, f"{ppm:+.3f} ppm")
+        self._applied_ppm += ppm * is_applied
 
-    def _welcome(self, base_rate: float, now_ns: int) -> None:
-        """A chronyd that starts goes by its drift file, which may be of another host: what is known is better."""
-        assert self._chronyd is not None
-        is_new = self._chronyd.connections != self._welcomed
-        self._welcomed = self._chronyd.connections
-        if not is_new or self._period_before_ns is None or not (self._is_device and self._policy.corrects):
+    def _settle_debt(self, base_rate: float, now_ns: int) -> None:
+        """Outside a disruption: chronyd goes by ``base_rate``, and is told if the page knows better.
+
+        Only by samples that are believed at this moment, and by a constant that has seen some seconds: there is
+        nothing here that would verify it.  Not where the kernel is right all the same: chronyd then has no part in
+        it (-x).
+        """
+        if not self._is_device or not self._policy.corrects or self._policy.offset_ns is None:
             return
-        ppm = self._compute_ppm(self._period_before_ns, base_rate)
-        if ppm is not None and abs(ppm) > LEAST_MEASURED_PPM:
-            self._log("notice", f"chronyd has come with a frequency that is {ppm:+.3f} ppm off; it is told")
+        if self._period_before_ns is None or not self._rate.is_settled:
+            return
+        self._is_owed = False
+        rates = (base_rate, self._clock.rate())
+        ppm, kernel_ppm = (self._compute_ppm(self._period_before_ns, rate) for rate in rates)
+        if ppm is not None and kernel_ppm is not None and min(abs(ppm), abs(kernel_ppm)) > LEAST_OWED_PPM:
+            self._log("notice", f"chronyd goes by a frequency that is {ppm:+.3f} ppm off; it is told the page's")
             self._command(None, "dfreq", dfreq(-ppm), now_ns)
-            self._base_rate = self._tracking = None
+            self._base_rate = None
 
     # ---- chronyd -----------------------------------------------------------------------------------------
 
@@ -429,8 +450,10 @@ class Reaction:
         """Whether chronyd has been handed the reset of its sources, and did not refuse."""
         return self._reset is not None and self._reset.delivered and self._reset.ok is not False
 
-    def _reset_is_done(self) -> bool:
-        return self._reset is not None and self._reset.ok is True
+    def _may_tell(self) -> bool:
+        """Whether chronyd hears, and it is known what it goes by: by its word, or since it slews no longer."""
+        is_reset = self._reset is not None and self._reset.ok is True
+        return self._hears() and (is_reset or self._base_rate is not None)
 
     def _knows_rate(self) -> bool:
         """Whether the kernel runs at the rate that it says: there is no chronyd that may yet change it."""
@@ -462,8 +485,11 @@ class Reaction:
             self._tracking = None
             self._last_tracking = tracking = request.tracking
             self._base_rate = None if tracking is None else 1 + tracking.frequency_ppm * 1e-6
-            if self._record is None and self._base_rate is not None:
-                self._welcome(self._base_rate, now_ns)
+            if self._chronyd is not None and self._chronyd.connections != self._connection:
+                self._connection = self._chronyd.connections
+                self._is_owed = True
+            if self._is_owed and self._record is None and self._base_rate is not None:
+                self._settle_debt(self._base_rate, now_ns)
             return self._chronyd_says(tracking.normal if tracking is not None else None, now_ns)
         if request is self._reset and request.ok is False and self._policy.chronyd_normal is False:
             # Handed over, and then refused or never answered: it is as good as absent.

@@ -1,4 +1,4 @@
-"""The daemon: one thread, one loop, and the only module that knows both ends, the page and those it is for."""
+"""The daemon: one loop, and the only module that knows both ends, the page and those it is for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NSEC_PER_SEC = 1_000_000_000
 #: How often the path is looked at for another device in its place, and a device that is not there for its coming.
 IDENTITY_NS = NSEC_PER_SEC
 REOPEN_NS = NSEC_PER_SEC // 4
-#: How long disks are waited for: so that what `status` says stands in the journal too, and at the end.
+#: How long a disk is waited for, so that those who are told of a record find it in the journal; and at the end.
 SETTLE_S = 0.02
 PATIENCE_S = 5.0
 
@@ -63,7 +63,7 @@ class Service:
         self._told = ("", "", False)
         self._news: list[Action] = []
         self._server = Server(settings.status)
-        self._clerk = Clerk()
+        self._clerk = Clerk(log)
         self._journal = Journal(str(settings.journal), log, self._clerk.do)
         self._last_seen = LastSeen(settings.state_dir, settings.device, log, self._clerk.do)
         self._policy = Policy(
@@ -114,7 +114,7 @@ class Service:
         self._server.close()
         if self._page is not None:
             self._page.close()
-        if not self._clerk.close(PATIENCE_S):
+        if not self._clerk.wait(PATIENCE_S):
             self._log("warning", f"a disk has not answered for {PATIENCE_S:g} s: what was to be written is lost")
 
     # ---- 1. Look and act -----------------------------------------------------------------------------
@@ -229,7 +229,6 @@ class Service:
         if self._reaction.hurries(now_ns):
             return  # disks and hooks may be slow
         self._tell_news()
-        self._clerk.settle(SETTLE_S)
         self._hooks.reap()
         self._metrics.tick(now_ns, policy.state, self.status)
         # Reasons may contain figures that change all the time: a change of state is worth a line, and so is
@@ -250,13 +249,17 @@ class Service:
             getattr(self, f"_tell_{verb}")(subject)
         self._news.clear()
 
-    def _tell_react(self, record: Record) -> None:
+    def _write(self, record: Record) -> None:
         self._journal.write(record)
+        self._clerk.settle(SETTLE_S)
+
+    def _tell_react(self, record: Record) -> None:
+        self._write(record)
         self._log("warning", _describe_disruption(record))
         self._hooks.run("disrupted", record.fields())
 
     def _tell_closed(self, record: Record) -> None:
-        self._journal.write(record)
+        self._write(record)
         self._save_last_seen()
         if record.superseded_by is not None:
             self._log("warning", f"{record.kind} {record.id} is superseded by {record.superseded_by}")

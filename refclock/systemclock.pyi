@@ -1,4 +1,5 @@
 EARLIEST_NS: int
+MOST_RATE_PPM: int
 UNSYNCHRONISED_USEC: int
 
 class Kernel:

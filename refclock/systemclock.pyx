@@ -42,12 +42,16 @@ cdef int64_t NSEC_PER_SEC = 1000000000
 #: No step may land before this: 2020-01-01, in nanoseconds since 1970.
 EARLIEST_NS = 1_577_836_800 * NSEC_PER_SEC
 
-#: One tick is 1/100 s, so a microsecond of it is 100 ppm; freq is in units of 2^-16 ppm, and at most 500 ppm (adjtimex(2)).
+# One tick is 1/100 s, so a microsecond of it is 100 ppm; freq is in units of 2^-16 ppm, and at most 500 ppm
+# (adjtimex(2)).
 cdef double TICK_USEC = 10000, FREQ_SCALE = 65536e6
 cdef long MOST_FREQ = 500 << 16
 
 #: The kernel's own limit for maxerror (NTP_PHASE_LIMIT, 16 s), in microseconds: the clock may be anywhere.
 UNSYNCHRONISED_USEC = 16_000_000
+
+#: How far from its nominal rate the clock is ever made to run: no counter is further off than the kernel's idea of it.
+MOST_RATE_PPM = 1000
 
 CAP_SYS_TIME = 25
 
@@ -156,10 +160,12 @@ class SystemClock:
     def set_rate(self, is_device, rate):
         """Makes the clock run at ``rate``, as :meth:`rate` says it.
 
-        Raises RefclockError for a page in a plain file, and where the kernel does not go so far (10 %).
+        Raises RefclockError, and leaves the clock alone, for a page in a plain file, and for a rate that is none.
         NotPermitted without the right.
         """
         _only_for_devices(is_device)
+        if not abs(rate - 1) * 1e6 <= MOST_RATE_PPM:
+            raise RefclockError(f"a frequency of {(rate - 1) * 1e6:+.0f} ppm is none of a counter's; the page is wrong")
         try:
             self._kernel.set_rate(rate)
         except OSError as error:

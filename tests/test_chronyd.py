@@ -492,10 +492,17 @@ def test_a_chronyd_that_is_known_to_have_come(client: Chronyd, place: Path) -> N
     with contextlib.closing(fake.socket):
         assert client.tick(1) == [] and fake.seen() == []
         client.hurry(1)
-        assert client.next_deadline_ns() == 1 and client.tick(1) == []
-        assert fake.seen() == [(66, 2, reset.sequence)]
+        assert fake.seen() == [(66, 1, reset.sequence)] and reset.delivered and reset.detail == ""
         client.hurry(2)
         assert client.tick(2) == [] and fake.seen() == []
+
+
+def test_hurrying_where_nobody_has_come(client: Chronyd) -> None:
+    """It costs no attempt."""
+    reset = client.send(RESET_SOURCES, 0)
+    for _ in range(100):
+        client.hurry(1)
+    assert (reset.ok, reset.attempt) == (None, 1) and client.tick(1) == []
 
 
 def test_a_chronyd_that_never_comes(client: Chronyd) -> None:

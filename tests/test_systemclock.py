@@ -115,6 +115,20 @@ def test_never_within_the_bound(offset_ns: int) -> None:
     assert not kernel.steps
 
 
+@pytest.mark.parametrize(
+    ("rate", "allowed"),
+    [(1.0, True), (1.0009, True), (0.9991, True), (1.00101, False), (0.99, False), (0.0, False), (float("nan"), False)],
+)
+def test_never_to_a_rate_that_is_none(rate: float, allowed: bool) -> None:
+    kernel = FakeKernel()
+    if allowed:
+        SystemClock(kernel).set_rate(True, rate)
+    else:
+        with pytest.raises(RefclockError, match="none of a counter's"):
+            SystemClock(kernel).set_rate(True, rate)
+    assert kernel.rates == [rate] * allowed
+
+
 def test_without_the_right() -> None:
     clock = SystemClock(FakeKernel(errno.EPERM))
     with pytest.raises(NotPermitted, match="CAP_SYS_TIME") as refused:
@@ -249,7 +263,7 @@ def test_setting_the_rate(
     ask: Callable[..., tuple[str, list[list[int]]]], tick: int, rate: float, modes: int, expected: tuple[int, int]
 ) -> None:
     """By freq alone where it reaches: ntpd does not expect the tick to be changed."""
-    answer, asked = ask(f"(clock.set_rate(True, {rate!r}), kernel.rate())[1]", tick=tick)
+    answer, asked = ask(f"(kernel.set_rate({rate!r}), kernel.rate())[1]", tick=tick)
     assert float(answer) == pytest.approx(rate, abs=1e-11)
     assert [entry[1] for entry in asked] == [0, modes, 0]
     assert tuple(asked[2][-2:]) == expected
