@@ -43,6 +43,8 @@ STATUS = "/run/vmclock-refclock/status.sock"
 REFCLOCK = f"refclock SOCK {SOCK} refid VMCK poll -4 filter 1 precision 1e-9 delay 2e-5 prefer"
 DEBIAN = ("makestep 0.001 3", "rtcsync", "maxupdateskew 100.0")
 PATIENCE_S = 30.0
+#: From one sample to the next, a millisecond later, no wrong frequency makes so much: the clock was stepped.
+STEP_NS = 20
 #: A process's CPU time, by the clock that the kernel keeps of it, and its voluntary context switches.
 COST = """
 import re, sys, time
@@ -271,20 +273,28 @@ def detected_ns(record: Row, after: list[truth.Sample]) -> int:
 
 
 def settled(after: list[truth.Sample], event: Event, moment: int, from_s: float, slope_from_s: float) -> Row:
-    """How far off the clock was from then on, at worst, and how fast it ran away over a quarter of a second."""
-    times = [event.line.seconds(moment, sample.counter) for sample in after]
-    worst = max((abs(sample.offset_ns) for sample in after[bisect_left(times, from_s) :]), default=None)
-    begin = bisect_left(times, slope_from_s)
-    rest, times = after[begin:], times[begin:]
-    slopes = []
-    for i in range(0, len(rest), 10):
-        j = bisect_left(times, times[i] + 0.25)
-        if j < len(rest):
-            slopes.append(abs(rest[j].offset_ns - rest[i].offset_ns) / (times[j] - times[i]) / 1e3)
+    """How far off the clock was from then on, and how fast it ran away, from then and from the last action on."""
+    points = [(event.line.seconds(moment, sample.counter), sample.offset_ns) for sample in after]
     return {
-        "worst_after_usable_10ms_ns": worst,
-        "frequency_error_ppm": max(slopes, default=None),
+        "worst_after_usable_10ms_ns": max((abs(offset) for at, offset in points if at >= from_s), default=None),
+        "frequency_error_10ms_ppm": steepest_ppm([point for point in points if point[0] >= from_s], 0.05),
+        "frequency_error_ppm": steepest_ppm([point for point in points if point[0] >= slope_from_s], 0.25),
     }
+
+
+def steepest_ppm(points: list[tuple[float, int]], span_s: float) -> float | None:
+    """The greatest slope over `span_s` (offset in ns, time in s), the steps that the daemon makes left out."""
+    smooth, gone_ns = [], 0
+    for before, (at, offset) in zip([points[0], *points], points, strict=False) if points else ():
+        change = offset - before[1]
+        gone_ns += change * (abs(change) > STEP_NS)
+        smooth.append((at, offset - gone_ns))
+    slopes = []
+    for i in range(0, len(smooth), 10):
+        j = bisect_left(smooth, (smooth[i][0] + span_s,))
+        if j < len(smooth):
+            slopes.append(abs(smooth[j][1] - smooth[i][1]) / (smooth[j][0] - smooth[i][0]) / 1e3)
+    return max(slopes, default=None)
 
 
 def compiled(source: str) -> Path:

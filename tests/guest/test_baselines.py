@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.guest import baselines
-from tests.guest.figures import keep
-from tests.guest.test_scenarios import RESTORED_S
+from tests.guest.figures import RESTORED_S, keep
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 

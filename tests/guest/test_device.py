@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.guest import page
-from tests.guest.figures import keep
+from tests.guest.figures import CONTINUED_S, RESTORED_S, keep
 from tests.guest.scenarios import Lab, wheel
 from tests.guest.test_scenarios import SLACK
 
@@ -54,7 +54,7 @@ def test_poll(name: str, flag: int, notification: bool, watch: str | None) -> No
         looks = 0 if flag else 1000 if watch else 100
         assert max(before["wakeups_per_s"], after["wakeups_per_s"]) <= looks * 1.1 + 60
         # Without a notification it is the next sample that finds it.
-        assert row["detected_s"] <= (0.250 if notification else 0.060 if flag else 0.020) * SLACK
+        assert row["detected_s"] <= (RESTORED_S if notification else 0.060 if flag else CONTINUED_S) * SLACK
 
 
 #: Pairs from the ioctl, and brackets: one JSON object a line.

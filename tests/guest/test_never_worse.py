@@ -17,10 +17,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.guest import page
-from tests.guest.figures import NEVER_WORSE, Row, keep
+from tests.guest.figures import CONTINUED_S, NEVER_WORSE, RESTORED_S, Row, keep
 from tests.guest.guest import Event, Guest
 from tests.guest.scenarios import DEBIAN, REFCLOCK, Lab
-from tests.guest.test_scenarios import CONTINUED_S, RESTORED_S
 from tests.guest.truth import UNSYNCHRONISED
 
 pytestmark = [pytest.mark.guest]
@@ -28,7 +27,7 @@ pytestmark = [pytest.mark.guest]
 ALONE = ("refclock PHC /dev/ptp0 poll -2 tai", "makestep 0.001 -1", "rtcsync", "maxupdateskew 100.0")
 #: What the comparison forgives: noise at rest, a thousandth of an error that is there anyway, and that two guests do
 #: not go on at the same moment.
-NOISE_NS, PART, APART_S = 1_000, 0.001, 0.005
+NOISE_NS, PART, APART_S = 2_000, 0.001, 0.005
 EVENTS = 3
 
 
@@ -171,6 +170,7 @@ def play(sequences: int) -> None:
                     apart_s = APART_S if step >= happening.blind else float("inf")
                     sides = errors(lab.guest, ours_then), errors(alone, theirs_then)
                     rows.append(keep(name | compare(*sides, from_s=happening.reaction_s, apart_s=apart_s)))
+            assert rows[-1]["watched_s"] > 3, "both samplers have seen the last of it"
     assert not [row for row in rows if row["worse_moments"] or row["lied_longer"]], f"VMCLOCK_GUEST_SEED={seed}"
 
 

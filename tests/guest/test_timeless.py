@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.guest import page
-from tests.guest.figures import keep
+from tests.guest.figures import CONTINUED_S, RESTORED_S, keep
 from tests.guest.guest import Event
 from tests.guest.scenarios import DEBIAN, REFCLOCK, Lab, compiled
 from tests.guest.test_scenarios import SLACK
@@ -59,7 +59,7 @@ def check_ntp(lab: Lab, name: str, cause: Callable[[], Event]) -> None:
     lab.state("watching")
     row = lab.row(name, event, quiet_s=2)
     flagged_s = row["over_1ms_while_normal_s"]
-    assert flagged_s <= (0.250 if "restore" in name else 0.020) * SLACK
+    assert flagged_s <= (RESTORED_S if "restore" in name else CONTINUED_S) * SLACK
     actions = {action["name"]: action for action in row["record"]["actions"]}
     assert actions["burst"]["ok"] and actions["makestep"]["ok"]
     assert row["over_1ms_until_s"] is not None and row["over_1ms_until_s"] <= 10
@@ -79,4 +79,4 @@ def test_fallback() -> None:
             # What follows is as good as the NTP server is: the promise is about the first seconds.
             row = keep(lab.figures(name, event))
             assert row["over_1ms_until_s"] is not None
-            assert row["over_1ms_until_s"] <= (0.250 if "restore" in name or "first" in name else 0.020) * SLACK
+            assert row["over_1ms_until_s"] <= (CONTINUED_S if name.endswith("lose 20") else RESTORED_S) * SLACK
