@@ -113,18 +113,38 @@ MUTATIONS = (
         '            superseded.superseded_by = self._open.id\n            actions.append(("closed", superseded))\n',
         "            pass\n",
     ),
-    Mutation("dfreq has the other sign", "reaction.py", "dfreq(-ppm)", "dfreq(ppm)"),
+    Mutation(
+        "dfreq has the other sign", "reaction.py", '(record, "dfreq", dfreq(-ppm)', '(record, "dfreq", dfreq(ppm)'
+    ),
+    Mutation(
+        "a new chronyd is told the other sign",
+        "reaction.py",
+        '(None, "dfreq", dfreq(-ppm)',
+        '(None, "dfreq", dfreq(ppm)',
+    ),
+    Mutation(
+        "a new chronyd is told nothing",
+        "reaction.py",
+        "                self._is_owed = True\n",
+        "                pass\n",
+    ),
+    Mutation(
+        "a new chronyd is told by a page that is not believed",
+        "reaction.py",
+        " or self._policy.offset_ns is None:",
+        ":",
+    ),
     Mutation("no dfreq", "reaction.py", 'self._awaited = self._command(record, "dfreq", dfreq(-ppm), now_ns)', "pass"),
     Mutation(
         "the slew's rate is taken for the clock's",
         "reaction.py",
-        "if self._is_device and self._hears() and self._base_rate is None:",
+        "if self._hears() and self._base_rate is None:",
         "if False:",
     ),
     Mutation(
         "what chronyd said last is never put right",
         "reaction.py",
-        "if left_ppm is not None and abs(left_ppm) >= LEAST_PPM:",
+        "if self._hears() and left_ppm is not None and abs(left_ppm) >= LEAST_PPM:",
         "if False:",
     ),
     Mutation(
