@@ -56,8 +56,10 @@ MEASURE_NS = 50 * MSEC
 FEWEST_POINTS = 5
 #: The least worth telling a chronyd outside a disruption: it learns less than that by itself in no time.
 LEAST_OWED_PPM = 2.0
-#: `burst`: so many good samples, of so many tries, from each NTP source.
+#: `burst`: so many good samples, of so many tries, from each NTP source.  chronyd ignores it where one is under way
+#: already, so that it is given again after a while, and then ever more seldom.
 BURST = (4, 8)
+BURST_AGAIN_NS = 5 * NSEC_PER_SEC
 
 
 class Reaction:
@@ -86,6 +88,8 @@ class Reaction:
         self._stage = "follow"
         self._stepped = False
         self._bursting = False
+        self._next_burst_ns: int | None = None
+        self._burst_pause_ns = BURST_AGAIN_NS
         self._points: list[tuple[int, int]] = []
         self._points_rate: float | None = None
         self._applied_ppm = 0.0
@@ -136,6 +140,7 @@ class Reaction:
         self._stepped = False
         self._awaited = None
         self._applied_ppm = 0.0
+        self._next_burst_ns = None
         self._points.clear()
         self._quick_until_ns = now_ns + QUICK_FOR_NS
         self._rate.interrupt()
@@ -217,6 +222,8 @@ class Reaction:
         if self._chronyd is not None:
             if self._may_ask() and now_ns >= self._next_ask_ns:
                 self._ask(now_ns)
+            if self._next_burst_ns is not None and now_ns >= self._next_burst_ns:
+                self._burst(self._record, now_ns)
             deadline_ns = self._chronyd.next_deadline_ns()
             if deadline_ns is not None and now_ns >= deadline_ns:
                 for request in self._chronyd.tick(now_ns):
@@ -236,6 +243,8 @@ class Reaction:
                 due.append(deadline_ns)
             if self._may_ask():
                 due.append(self._next_ask_ns)
+            if self._next_burst_ns is not None:
+                due.append(self._next_burst_ns)
         return min(due, default=None)
 
     def chronyd_status(self) -> dict[str, object] | None:
@@ -469,6 +478,12 @@ class Reaction:
             return 0
         return awaited.sent_ns + PATIENCE_NS
 
+    def _burst(self, record: Record | None, now_ns: int) -> Request | None:
+        request = self._command(record, "burst", burst(*BURST), now_ns)
+        self._next_burst_ns = None if request is None else now_ns + self._burst_pause_ns
+        self._burst_pause_ns *= 2
+        return request
+
     def _may_ask(self) -> bool:
         """A tracking that overtakes a reset would speak of the samples from before it."""
         return self._tracking is None and (self._reset is None or self._reset.ok is not None)
@@ -496,6 +511,8 @@ class Reaction:
             if record is not None:
                 self._flag(record, now_ns)
             return self._chronyd_says(None, now_ns)
+        if name == "burst" and not request.ok:
+            self._next_burst_ns = None  # it has no NTP source
         if record is None:
             return []
         if request is self._last_by_fallback:
@@ -510,6 +527,8 @@ class Reaction:
         if error != self._told_chronyd:
             self._told_chronyd = error
             self._log("warning" if error else "info", f"chronyd: {error or f'answers on {self._chronyd.path}'}")
+        if normal:
+            self._next_burst_ns = None
         if normal and self._bursting and self._record is not None:
             # It has a source again: now a step is one of what its samples say.
             self._bursting = False
@@ -531,14 +550,15 @@ class Reaction:
 
     def _begin_without_time(self, record: Record, now_ns: int) -> None:
         """The page cannot say how wrong the clock is: the fallback can, or chronyd's other sources will."""
+        self._burst_pause_ns = BURST_AGAIN_NS
         fallback = self._fallback if self._policy.corrects else None
         if fallback is not None and self._step_by_fallback(record, fallback, now_ns):
             self._reset_sources(record, now_ns)
-            self._last_by_fallback = self._command(record, "burst", burst(*BURST), now_ns)
+            self._last_by_fallback = self._burst(record, now_ns)
             if self._last_by_fallback is None:
                 self._policy.corrected_by_fallback()
         else:
-            self._bursting = self._command(record, "burst", burst(*BURST), now_ns) is not None
+            self._bursting = self._burst(record, now_ns) is not None
 
     def _step_by_fallback(self, record: Record, fallback: Phc, now_ns: int) -> bool:
         """Whether the clock is right by the fallback."""

@@ -134,6 +134,7 @@ class FakeChronyd:
         self.samples = 0
         self.samples_wanted = 3
         self.ntp_after_ns: int | None = None
+        self.ignores_bursts = 0
         self.ntp_at_ns: int | None = None
         self.left_ns = 0
         self.normal = True
@@ -203,6 +204,8 @@ class FakeChronyd:
         elif text.startswith("dfreq"):
             self.base *= 1 - ppm_of(request.command) * 1e-6
             self.guest.set_word(self.base, now_ns)
+        elif text.startswith("burst") and self.ignores_bursts:
+            self.ignores_bursts -= 1
         elif text.startswith("burst") and self.ntp_after_ns is not None:
             self.ntp_at_ns = now_ns + self.ntp_after_ns
         elif text == "makestep":
@@ -1328,6 +1331,32 @@ def test_burst_and_makestep(guest: Callable[..., Guest]) -> None:
     assert abs(restored.error_ns()) < 100 and restored.values("step") == []
     assert record.recovered_after_ns is not None and record.recovered_after_ns < 4_200 * MSEC
     assert restored.policy.state == "watching" and restored.policy.good and record.offset_ns is None
+
+
+@pytest.mark.parametrize(("ignored", "within_s"), [(1, 12), (2, 22), (3, 42)])
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_burst_that_is_ignored(guest: Callable[..., Guest], ignored: int, within_s: int, fallback: bool) -> None:
+    """chronyd does so while one is under way, from a disruption just before, say."""
+    restored = guest(kind="signal", fallback=FakePhc() if fallback else None)
+    restored.chronyd.ntp_after_ns = 4 * SEC
+    restored.chronyd.ignores_bursts = ignored
+    restored.run(2 * SEC)
+    restored.disrupt(20 * SEC)
+    restored.run(within_s * SEC)
+    assert restored.policy.good and abs(restored.error_ns()) < 1000
+    assert restored.done().count("burst") == ignored + 1
+    restored.run(300 * SEC)
+    assert restored.done().count("burst") == ignored + 1, "nobody is asked for what is there"
+
+
+def test_bursts_become_rare(guest: Callable[..., Guest]) -> None:
+    """A server that does not answer is not to be bothered for ever."""
+    restored = guest(kind="signal")
+    restored.chronyd.ignores_bursts = 1 << 60
+    restored.run(2 * SEC)
+    restored.disrupt(20 * SEC)
+    restored.run(3600 * SEC)
+    assert 8 <= restored.done().count("burst") <= 11
 
 
 @pytest.mark.parametrize("refused", ["burst", "makestep"])

@@ -179,6 +179,16 @@ class Lab:
         """Until the daemon is there and calls the clock good, and chronyd itself synchronised."""
         self.until(lambda status: status["good"] and status["chronyd"]["normal"], "good", timeout_s)
 
+    def recovered(self) -> None:
+        """Until the disruption that the page tells of now is over."""
+        marker = self.guest.page().disruption_marker
+
+        def is_over(status: Row) -> bool:
+            last = status["last_disruption"]
+            return bool(last) and last["marker_after"] == marker and last["recovered_after_ns"] is not None
+
+        self.until(is_over, "recovered")
+
     def warm(self, settle_s: float = 10.0) -> None:
         """Until the clock is good, and then until the daemon knows the boot's constant rate."""
         self.wait()
