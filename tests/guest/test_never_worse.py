@@ -1,7 +1,7 @@
 """The daemon never makes it worse: random sequences of events, on two guests at once, one of which has no daemon.
 
 The other one has the best that chronyd alone can: `refclock PHC` on the vmclock PTP clock, poll -2, and a makestep
-that never ends. Set VMCLOCK_GUEST_SEED to repeat a run.
+that never ends. Set VMCLOCK_GUEST_SEED to repeat a run, and VMCLOCK_GUEST_SLACK=1 to forgive no more than must be.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from tests.guest import page
 from tests.guest.figures import CONTINUED_S, NEVER_WORSE, RESTORED_S, Row, keep
 from tests.guest.guest import Event, Guest
 from tests.guest.scenarios import DEBIAN, REFCLOCK, Lab
+from tests.guest.test_scenarios import SLACK
 from tests.guest.truth import UNSYNCHRONISED
 
 pytestmark = [pytest.mark.guest]
 
 ALONE = ("refclock PHC /dev/ptp0 poll -2 tai", "makestep 0.001 -1", "rtcsync", "maxupdateskew 100.0")
-#: What the comparison forgives: noise at rest, a thousandth of an error that is there anyway, and that two guests do
-#: not go on at the same moment.
-NOISE_NS, PART, APART_S = 2_000, 0.001, 0.005
+#: What the comparison forgives: noise at rest (more of it on a machine that does other things too), a thousandth of an
+#: error that is there anyway, and that two guests do not go on at the same moment.
+NOISE_NS, PART, APART_S = round(2_000 * SLACK), 0.001, 0.005
 #: How fast a clock may run away while nobody can know: the frequencies of all events together, at worst.
 ASTRAY_PPM = 200
 EVENTS = 3
@@ -64,7 +65,7 @@ class Happening(NamedTuple):
 def migration(chance: random.Random) -> dict[str, float]:
     lost_s = chance.choice([0.0, 0.0005, 0.01, 0.1, 1, 20, 3600]) * chance.choice([1, 1, -1])
     # An offset within the page's bound is left to chronyd: a narrow one, so that it is within the noise.
-    return {"lost_s": lost_s, "frequency_ppm": chance.uniform(-50, 50), "time_maxerror_nanosec": NOISE_NS // 2}
+    return {"lost_s": lost_s, "frequency_ppm": chance.uniform(-50, 50), "time_maxerror_nanosec": 1_000}
 
 
 def migrate(chance: random.Random) -> Happening:
@@ -170,7 +171,9 @@ def play(sequences: int) -> None:
                 name = {"name": NEVER_WORSE, "seed": seed, "sequence": sequence, "what": happening.what}
                 for step, (ours_then, theirs_then) in enumerate(pairs):
                     sides = errors(lab.guest, ours_then), errors(alone, theirs_then)
-                    rows.append(keep(name | compare(*sides, happening.reaction_s, is_blind=step < happening.blind)))
+                    rows.append(
+                        keep(name | compare(*sides, happening.reaction_s * SLACK, is_blind=step < happening.blind))
+                    )
             assert rows[-1]["watched_s"] > 3, "both samplers have seen the last of it"
     assert not [row for row in rows if row["worse_moments"] or row["lied_longer"]], f"VMCLOCK_GUEST_SEED={seed}"
 
