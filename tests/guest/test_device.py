@@ -7,9 +7,8 @@ import json
 import pytest
 
 from tests.guest import page
-from tests.guest.figures import CONTINUED_S, RESTORED_S, keep
+from tests.guest.figures import CONTINUED_S, RESTORED_S, SLACK, keep
 from tests.guest.scenarios import Lab, wheel
-from tests.guest.test_scenarios import SLACK
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 

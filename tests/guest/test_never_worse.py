@@ -17,10 +17,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.guest import page
-from tests.guest.figures import CONTINUED_S, NEVER_WORSE, RESTORED_S, Row, keep
+from tests.guest.figures import CONTINUED_S, NEVER_WORSE, RESTORED_S, SLACK, Row, keep
 from tests.guest.guest import Event, Guest
 from tests.guest.scenarios import DEBIAN, REFCLOCK, Lab
-from tests.guest.test_scenarios import SLACK
 from tests.guest.truth import UNSYNCHRONISED
 
 pytestmark = [pytest.mark.guest]

@@ -6,21 +6,18 @@ and kept (figures.keep). Tests of one class share a booted guest and run in thei
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from tests.guest import build, figures, page
-from tests.guest.figures import CONTINUED, CONTINUED_S, FIRST, RESTORED, Row, keep
+from tests.guest.figures import CONTINUED, CONTINUED_S, FIRST, RESTORED, SLACK, Row, keep
 from tests.guest.guest import Event
 from tests.guest.scenarios import Lab, wheel
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 
-#: How many times a promised time may be exceeded on a machine that does other things too.
-SLACK = float(os.environ.get("VMCLOCK_GUEST_SLACK", "3"))
 WITHOUT_CAP_SYS_TIME = (
     "python3",
     "-c",

@@ -8,10 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.guest import page
-from tests.guest.figures import CONTINUED_S, RESTORED_S, keep
+from tests.guest.figures import CONTINUED_S, RESTORED_S, SLACK, keep
 from tests.guest.guest import Event
 from tests.guest.scenarios import DEBIAN, PATIENCE_S, REFCLOCK, Lab, compiled
-from tests.guest.test_scenarios import SLACK
 from tests.harness import wait_until
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
