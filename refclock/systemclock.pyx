@@ -67,14 +67,16 @@ class Kernel:
         return state.tick / TICK_USEC + state.freq / FREQ_SCALE
 
     def set_rate(self, double rate):
-        """Makes the kernel run the clock at ``rate``, as :meth:`rate` says it; by freq alone where that is enough."""
+        """Makes the kernel run the clock at ``rate``, as :meth:`rate` says it.
+
+        Both words at once, whatever they were: chronyd sets both as well, perhaps at this very moment, and one of
+        its with one of ours would be hundreds of ppm off.  By freq alone where that is enough, for ntpd's sake.
+        """
         cdef timex state
-        state.modes = 0
-        _adjust(&state)
-        state.modes = ADJ_FREQUENCY
-        state.freq = llrint((rate - state.tick / TICK_USEC) * FREQ_SCALE)
+        state.modes = ADJ_FREQUENCY | ADJ_TICK
+        state.tick = llrint(TICK_USEC)
+        state.freq = llrint((rate - 1) * FREQ_SCALE)
         if labs(state.freq) > MOST_FREQ:
-            state.modes |= ADJ_TICK
             state.tick = llrint(rate * TICK_USEC)
             state.freq = llrint((rate - state.tick / TICK_USEC) * FREQ_SCALE)
         _adjust(&state)
