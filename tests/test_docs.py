@@ -227,6 +227,9 @@ def test_status_socket(simulate: Callable[..., Simulator], daemon: Callable[...,
     documented_record = {row[0].strip("`"): row[1] for row in page["A record"]}
     assert record.keys() == documented_record.keys() - {"superseded_by"}
     assert set(Record.__slots__) - {"detected_ns"} == documented_record.keys()
+    source = (ROOT / "refclock/reaction.py").read_text()
+    names = re.findall(r'(?:note\(\s*now_ns, |_command\((?:self\._)?record, )"([\w-]+)"', source)
+    assert {row[0].strip("`") for row in page["What was done"]} == {*names, "step", "step-rest"}
     for described, object_ in ((documented, running.status()), (documented_record, record)):
         for key, value in object_.items():
             assert _is(value, described[key]), (key, value)
