@@ -48,9 +48,11 @@ PATIENCE_NS = 100 * MSEC
 CORRECTING_NS = 1 * MSEC
 QUICK_NS = 10 * MSEC
 QUICK_FOR_NS = 10 * NSEC_PER_SEC
-#: The least frequency worth telling chronyd, computed and measured; how long one is verified, or measured.
+#: The least frequency worth telling chronyd, computed and measured; the least that a measurement must find to be
+#: believed against what was computed; how long that is verified, or measured.
 LEAST_PPM = 0.02
 LEAST_MEASURED_PPM = 0.2
+LEAST_WRONG_PPM = 1.0
 VERIFY_NS = 20 * MSEC
 MEASURE_NS = 50 * MSEC
 FEWEST_POINTS = 5
@@ -319,7 +321,8 @@ class Reaction:
             return "verify"
         ppm, error_ppm = slope_ppm(self._points)
         record.note(now_ns, "verify", True, f"{ppm:+.3f} ppm, give or take {error_ppm:.3f}")
-        if abs(ppm) > max(LEAST_MEASURED_PPM, 3 * error_ppm):
+        least_ppm = LEAST_MEASURED_PPM if record.frequency_ppm is None else LEAST_WRONG_PPM
+        if abs(ppm) > max(least_ppm, 4 * error_ppm):
             if record.frequency_ppm is not None:
                 self._rate = SystemRate()  # its constant was wrong
             record.frequency_ppm = self._applied_ppm + ppm
