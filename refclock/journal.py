@@ -142,7 +142,7 @@ class LastSeen:
         self._saved: tuple[int | None, int | None] | None = None
         self._where = {"device": os.path.realpath(device), "boot_id": _boot_id()}
         try:
-            _make_directory(self._path)  # before there are threads: the umask, which chronyd's client changes, is of all
+            _make_directory(self._path)  # before there are threads: chronyd's client changes the umask, which is of all
         except OSError:
             pass  # it is said when there is something to keep
 

@@ -118,7 +118,7 @@ def others(rows: Sequence[Row]) -> list[str]:
         worse = sum(bool(row["worse_moments"]) for row in compared)
         lied = sum(row["lied_longer"] for row in compared)
         lines.append(
-            f"never worse: {len(compared)} events; worse after {worse}, wrong and Normal for longer after {lied}"
+            f"{NEVER_WORSE}: {len(compared)} events; worse after {worse}, wrong and Normal for longer after {lied}"
         )
     return lines
 
